@@ -1,0 +1,380 @@
+# Copyright 2026 The PIIP for Transformers authors. MIT license.
+"""Configuration of Parameter-Inverted Image Pyramid Networks (https://arxiv.org/abs/2406.04330)."""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+
+PYRAMID_LEVELS = ["p2", "p3", "p4", "p5"]
+
+# Every class that a saved folder can be loaded as, whichever of them wrote it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_piip.PiipConfig",
+    "AutoModel": "modeling_piip.PiipModel",
+    "AutoBackbone": "modeling_piip.PiipBackbone",
+    "AutoModelForImageClassification": "modeling_piip.PiipForImageClassification",
+}
+
+
+def _require(condition: bool, message: str):
+    if not condition:
+        raise ValueError(message)
+
+
+@strict
+@dataclass(kw_only=True)
+class PiipBranchConfig:
+    r"""
+    One branch of a PIIP network: a plain Vision Transformer and the resolution it looks at (paper, section 3.2).
+
+    The options cover the branches of the published models: DeiT, DeiT III, AugReg, MAE, DINOv2 and InternViT-6B.
+
+    Args:
+        image_size (`int`, *optional*, defaults to 224):
+            Nominal side of the image this branch sees, in pixels. Only the ratios between the branches matter for
+            the pyramid; any input size works.
+        patch_size (`int`, *optional*, defaults to 16):
+            Side of a patch, in pixels. Incomplete patches at the right and bottom border are dropped.
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width of the tokens.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Number of transformer layers.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Number of attention heads; must divide `hidden_size`.
+        mlp_ratio (`float`, *optional*, defaults to 4.0):
+            Width of the MLP relative to `hidden_size`.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLP: `"gelu"` is exact, `"gelu_pytorch_tanh"` what the fused kernels of the official
+            code compute.
+        qkv_bias (`bool`, *optional*, defaults to `True`):
+            Whether the fused query, key and value projection has a bias.
+        qk_norm (`bool`, *optional*, defaults to `False`):
+            Whether queries and keys are normalized over the full width (all heads together), as in InternViT-6B.
+        norm_type (`str`, *optional*, defaults to `"layernorm"`):
+            `"layernorm"` or `"rmsnorm"`.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of the norms of this branch.
+        layer_scale_init_value (`float`, *optional*):
+            Initial value of the learned gain on every residual; `None` builds no gain.
+        position_embedding_grid (`int`, *optional*):
+            Side of the grid of the learned position table, in patches. The table is resized bicubically to the
+            grid of the input. Defaults to `image_size // patch_size`.
+        window_size (`int` or `list[int | None]`, *optional*):
+            Side of the attention windows in patches, one for all layers or one per layer; `None` is global attention.
+        window_padding (`str`, *optional*, defaults to `"tokens"`):
+            What is zero where windows reach beyond the grid: `"tokens"` pads before the query, key and value
+            projection (padded keys equal the bias), `"qkv"` pads after it (padded keys are zero). Padded positions
+            take part in the softmax in both cases, as in the official code.
+        use_cls_token (`bool`, *optional*, defaults to `False`):
+            Whether a class token runs along inside the layers. It takes no part in the interactions, has no position
+            embedding and cannot be combined with windows.
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            Probability of dropping a residual of a sample in training (stochastic depth).
+        drop_path_schedule (`str`, *optional*, defaults to `"constant"`):
+            `"constant"`: the same rate in every layer; `"linear"`: rising from 0 in the first to `drop_path_rate` in
+            the last layer.
+        stages (`list[int]`, *optional*):
+            How many layers run before each interaction; one entry per interaction, summing to `num_hidden_layers`.
+            Defaults to one layer per stage.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    mlp_ratio: float | int = 4.0
+    hidden_act: str = "gelu"
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
+    layer_norm_eps: float = 1e-6
+    layer_scale_init_value: float | int | None = None
+    position_embedding_grid: int | None = None
+    window_size: int | list[int | None] | None = None
+    window_padding: Literal["tokens", "qkv"] = "tokens"
+    use_cls_token: bool = False
+    drop_path_rate: float | int = 0.0
+    drop_path_schedule: Literal["constant", "linear"] = "constant"
+    stages: list[int] | None = None
+
+    def __post_init__(self):
+        for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            value = getattr(self, name)
+            _require(value > 0, f"`{name}` of a branch must be positive, got {value}.")
+        if self.position_embedding_grid is None:
+            self.position_embedding_grid = self.image_size // self.patch_size
+        if self.stages is None:
+            self.stages = [1] * self.num_hidden_layers
+        self._check()
+
+    def _check(self):
+        _require(
+            self.image_size >= self.patch_size,
+            f"`image_size` ({self.image_size}) of a branch is smaller than its `patch_size` ({self.patch_size}): "
+            "there would be no patch.",
+        )
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"`num_attention_heads` ({self.num_attention_heads}) of a branch must divide its `hidden_size` "
+            f"({self.hidden_size}).",
+        )
+        _require(self.mlp_ratio > 0, f"`mlp_ratio` of a branch must be positive, got {self.mlp_ratio}.")
+        _require(
+            self.position_embedding_grid > 0,
+            f"`position_embedding_grid` of a branch must be positive, got {self.position_embedding_grid}.",
+        )
+        _require(
+            len(self.window_sizes) == self.num_hidden_layers,
+            f"`window_size` of a branch has {len(self.window_sizes)} entries but the branch has "
+            f"{self.num_hidden_layers} layers: give one number for all layers or one entry per layer.",
+        )
+        windows = [size for size in self.window_sizes if size is not None]
+        _require(
+            all(size > 0 for size in windows),
+            f"`window_size` of a branch must hold positive numbers or None (global attention), got {windows}.",
+        )
+        _require(
+            not (self.use_cls_token and windows),
+            "`use_cls_token` cannot be combined with windows: set `window_size` to None or drop the class token.",
+        )
+        _require(
+            0 <= self.drop_path_rate < 1,
+            f"`drop_path_rate` of a branch must be at least 0 and less than 1, got {self.drop_path_rate}.",
+        )
+        _require(
+            all(length >= 0 for length in self.stages) and sum(self.stages) == self.num_hidden_layers,
+            f"`stages` of a branch must sum to `num_hidden_layers` ({self.num_hidden_layers}), got {self.stages} with "
+            f"the sum {sum(self.stages)}.",
+        )
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the MLP."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def window_sizes(self) -> list[int | None]:
+        """Side of the attention windows of every layer; `None` is global attention."""
+        if isinstance(self.window_size, list):
+            return self.window_size
+        return [self.window_size] * self.num_hidden_layers
+
+    @property
+    def drop_path_rates(self) -> list[float]:
+        """Stochastic depth rate of every layer."""
+        if self.drop_path_schedule == "constant":
+            return [self.drop_path_rate] * self.num_hidden_layers
+        last = max(self.num_hidden_layers - 1, 1)
+        return [self.drop_path_rate * layer / last for layer in range(self.num_hidden_layers)]
+
+
+def _default_branches() -> list[PiipBranchConfig]:
+    """The branches of PIIP-TSB 368/192/128: Tiny, Small and Base DeiT."""
+    shared = {"layer_scale_init_value": 1.0, "use_cls_token": True}
+    return [
+        PiipBranchConfig(image_size=368, hidden_size=192, num_attention_heads=3, drop_path_rate=0.05, **shared),
+        PiipBranchConfig(image_size=192, hidden_size=384, num_attention_heads=6, drop_path_rate=0.05, **shared),
+        PiipBranchConfig(image_size=128, hidden_size=768, num_attention_heads=12, drop_path_rate=0.2, **shared),
+    ]
+
+
+@strict
+class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of [`PiipModel`], [`PiipBackbone`] and the PIIP models with heads. The defaults give the branches of
+    PIIP-TSB 368/192/128 with the merge module of the dense-prediction models.
+
+    Args:
+        branches (`list[PiipBranchConfig]` or `list[dict]`, *optional*):
+            The branches, highest resolution and smallest network first, in the order of the paper's names: PIIP-TSB
+            1120/896/448 is Tiny at 1120, Small at 896 and Base at 448 pixels. One branch is the plain single-ViT
+            baseline of the paper's tables. All branches have the same number of stages.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of the input image.
+        interaction_attention (`str`, *optional*, defaults to `"deformable"`):
+            How neighbouring branches look at each other: `"deformable"` or plain `"cross"` attention (paper,
+            section 3.3).
+        interaction_num_heads (`int`, *optional*, defaults to 16):
+            Attention heads of the interactions; must divide the width of every branch.
+        interaction_num_points (`int`, *optional*, defaults to 4):
+            Points each head samples per query in deformable attention.
+        interaction_value_ratio (`float`, *optional*, defaults to 0.5):
+            Width of the values of deformable attention relative to the width of the query branch.
+        interaction_projection (`bool`, *optional*, defaults to `True`):
+            Whether tokens are projected to the width of the other branch before the attention.
+        interaction_norm (`bool`, *optional*, defaults to `True`):
+            Whether interactions normalize queries, features and the input of their feed-forward network.
+        interaction_ffn_ratio (`float`, *optional*, defaults to 0.25):
+            Width of the convolutional feed-forward network relative to the width of the branch; 0 builds none.
+        interaction_drop_path_rate (`float`, *optional*, defaults to 0.4):
+            Stochastic depth rate of the feed-forward residuals of the interactions.
+        merge_type (`str`, *optional*, defaults to `"conv"`):
+            How the branches become one map on the grid of the first branch (paper, section 3.4): `"conv"` (dense
+            prediction) and `"linear"` (classification) project every branch to the width of the last one and add
+            them with learned weights; `"concat"` has no parameters and concatenates the channels.
+        num_groups (`int`, *optional*, defaults to 32):
+            Groups of the group norms of merge and pyramid.
+        pyramid_norm (`str`, *optional*, defaults to `"group"`):
+            Norm between the two up-convolutions of level `"p2"`: `"group"`, or `"layer"` as in the single-branch
+            baselines.
+        classification_head (`str`, *optional*):
+            `"branches"`: one norm and classifier per branch on its first patch token, logits averaged, as in the
+            published classification models; needs `merge_type="concat"`. `"merged"`: one norm, mean over the merged
+            map, one classifier. Defaults to `"branches"` with `merge_type="concat"`, else to `"merged"`.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of the layer norms outside the branches.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the truncated normal distribution of new linear layers and tables.
+        out_features (`list[str]`, *optional*):
+            Levels that the feature pyramid returns, among `"p2"`, `"p3"`, `"p4"` and `"p5"`: strides 4, 8, 16 and 32
+            for a patch size of 16. Defaults to all. Modules of other levels are not built.
+        out_indices (`list[int]`, *optional*):
+            The same as indices into `["p2", "p3", "p4", "p5"]`.
+
+    Raises:
+        ValueError: If the numbers cannot work together; the message names field, value and remedy.
+
+    Example:
+
+    ```python
+    >>> from modeling_piip import PiipBranchConfig, PiipConfig, PiipModel
+
+    >>> config = PiipConfig(
+    ...     branches=[
+    ...         PiipBranchConfig(image_size=224, hidden_size=192, num_attention_heads=3),
+    ...         PiipBranchConfig(image_size=112, hidden_size=384, num_attention_heads=6),
+    ...     ]
+    ... )
+    >>> model = PiipModel(config)
+    ```
+    """
+
+    model_type = "piip"
+
+    branches: list[PiipBranchConfig | dict] | None = None
+    num_channels: int = 3
+    interaction_attention: Literal["deformable", "cross"] = "deformable"
+    interaction_num_heads: int = 16
+    interaction_num_points: int = 4
+    interaction_value_ratio: float | int = 0.5
+    interaction_projection: bool = True
+    interaction_norm: bool = True
+    interaction_ffn_ratio: float | int = 0.25
+    interaction_drop_path_rate: float | int = 0.4
+    merge_type: Literal["conv", "linear", "concat"] = "conv"
+    num_groups: int = 32
+    pyramid_norm: Literal["group", "layer"] = "group"
+    classification_head: Literal["branches", "merged"] | None = None
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        branches = _default_branches() if self.branches is None else self.branches
+        self.branches = [PiipBranchConfig(**b) if isinstance(b, dict) else b for b in branches]
+        if self.classification_head is None:
+            self.classification_head = "branches" if self.merge_type == "concat" else "merged"
+        self.stage_names = list(PYRAMID_LEVELS)
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        if out_features is None and out_indices is None:
+            out_features = list(PYRAMID_LEVELS)
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+        kwargs.pop("stage_names", None)
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+        self._check_branches()
+        self._check_interactions()
+        self._check_merge()
+
+    def _check_branches(self):
+        _require(len(self.branches) > 0, "`branches` is empty: give at least one branch.")
+        sizes = [branch.image_size for branch in self.branches]
+        _require(
+            sizes == sorted(sizes, reverse=True),
+            f"`branches` must be ordered from the highest to the lowest resolution, got image sizes {sizes}.",
+        )
+        num_stages = [len(branch.stages) for branch in self.branches]
+        _require(
+            len(set(num_stages)) == 1,
+            f"All branches need the same number of stages (one per interaction), got {num_stages}: set `stages` of "
+            "the branches, for example [2, 2, 2] beside [1, 1, 1].",
+        )
+        _require(self.num_channels > 0, f"`num_channels` must be positive, got {self.num_channels}.")
+
+    def _check_interactions(self):
+        for name in ("interaction_num_heads", "interaction_num_points", "interaction_value_ratio"):
+            _require(getattr(self, name) > 0, f"`{name}` must be positive, got {getattr(self, name)}.")
+        _require(
+            self.interaction_ffn_ratio >= 0, f"`interaction_ffn_ratio` is negative: {self.interaction_ffn_ratio}."
+        )
+        _require(
+            0 <= self.interaction_drop_path_rate < 1,
+            f"`interaction_drop_path_rate` must be at least 0 and less than 1, got {self.interaction_drop_path_rate}.",
+        )
+        if len(self.branches) == 1:
+            return
+        value_ratio = self.interaction_value_ratio if self.interaction_attention == "deformable" else 1
+        for branch in self.branches:
+            width = int(branch.hidden_size * value_ratio)
+            _require(
+                width >= self.interaction_num_heads and width % self.interaction_num_heads == 0,
+                f"`interaction_num_heads` ({self.interaction_num_heads}) must divide the value width {width} of the "
+                f"branch with `hidden_size` {branch.hidden_size} (`interaction_value_ratio` {value_ratio}).",
+            )
+
+    def _check_merge(self):
+        _require(self.num_groups > 0, f"`num_groups` must be positive, got {self.num_groups}.")
+        _require(
+            not (self.classification_head == "branches" and self.merge_type != "concat"),
+            '`classification_head="branches"` does not use the merged map: set `merge_type="concat"`, got '
+            f'"{self.merge_type}".',
+        )
+        widths = []
+        if self.merge_type == "linear":
+            widths = [branch.hidden_size for branch in self.branches]
+        elif self.merge_type == "conv":
+            widths = [self.hidden_size]
+        for width in widths:
+            _require(
+                width % self.num_groups == 0,
+                f"`num_groups` ({self.num_groups}) must divide the normalized width {width} of "
+                f'`merge_type="{self.merge_type}"`.',
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the merged map."""
+        if self.merge_type == "concat":
+            return sum(branch.hidden_size for branch in self.branches)
+        return self.branches[-1].hidden_size
+
+    @property
+    def image_size(self) -> int:
+        """Nominal side of the input image: that of the highest-resolution branch."""
+        return self.branches[0].image_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Transformer layers of all branches together."""
+        return sum(branch.num_hidden_layers for branch in self.branches)
+
+    @property
+    def num_stages(self) -> int:
+        """Number of interactions; every branch runs that many groups of layers."""
+        return len(self.branches[0].stages)
+
+    def to_dict(self) -> dict:
+        output = super().to_dict()
+        output["branches"] = [asdict(branch) for branch in self.branches]
+        return output
+
+
+PiipConfig.register_for_auto_class()
+
+__all__ = ["PiipBranchConfig", "PiipConfig"]
