@@ -1,7 +1,9 @@
 # Copyright 2026 The PIIP for Transformers authors. MIT license.
 """Configuration of Parameter-Inverted Image Pyramid Networks (https://arxiv.org/abs/2406.04330)."""
 
+import difflib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -18,6 +20,32 @@ AUTO_MAP = {
     "AutoBackbone": "modeling_piip.PiipBackbone",
     "AutoModelForImageClassification": "modeling_piip.PiipForImageClassification",
 }
+
+
+# Published variants: beside this file in an installed wheel, at the top level of the repository in a checkout.
+_VARIANT_FOLDERS = (Path(__file__).parent / "configuration", Path(__file__).parents[1] / "configuration")
+
+
+def list_variants() -> list[str]:
+    """Names of the published variants."""
+    return sorted({path.parent.name for folder in _VARIANT_FOLDERS for path in folder.glob("*/config.json")})
+
+
+def find_variant(name: str) -> Path:
+    """
+    Folder of a published variant with its `config.json` and `preprocessor_config.json`.
+
+    Raises:
+        ValueError: If there is no such variant; the message lists the closest names.
+    """
+    for folder in _VARIANT_FOLDERS:
+        if (folder / name / "config.json").is_file():
+            return folder / name
+    variants = list_variants()
+    if not variants:
+        raise ValueError(f"No variants beside {__file__}: install the package `piip-transformers` to use their names.")
+    close = difflib.get_close_matches(name, variants, n=5, cutoff=0.3) or variants
+    raise ValueError(f"Unknown variant {name!r}. Closest: {', '.join(close)}.")
 
 
 def _require(condition: bool, message: str):
@@ -346,6 +374,27 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`num_groups` ({self.num_groups}) must divide the normalized width {width} of "
                 f'`merge_type="{self.merge_type}"`.',
             )
+
+    @classmethod
+    def list_variants(cls) -> list[str]:
+        """Names of the published variants that `from_variant` takes."""
+        return list_variants()
+
+    @classmethod
+    def from_variant(cls, name: str, **kwargs) -> "PiipConfig":
+        """
+        Configuration of a published variant, such as `"piip-tsb-368-192-128-in1k"`.
+
+        Args:
+            name (`str`):
+                One of `PiipConfig.list_variants()`.
+            kwargs:
+                Attributes to change.
+
+        Raises:
+            ValueError: If there is no such variant; the message lists the closest names.
+        """
+        return cls.from_pretrained(find_variant(name), **kwargs)
 
     @property
     def hidden_size(self) -> int:

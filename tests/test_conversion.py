@@ -1,0 +1,289 @@
+"""Official checkpoints to folders for `from_pretrained`, through the command line as users run it."""
+
+import argparse
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_piip import PiipBackbone, PiipConfig, PiipForImageClassification
+from modeling_piip.conversion import ConversionError, convert_config, convert_state_dict, load_official_checkpoint
+from scripts.convert_official_checkpoint import main
+
+from .goldens import (
+    CASES,
+    FIXTURES,
+    GOLDENS,
+    assert_matches,
+    build_input,
+    build_official_weights,
+    get_official_config,
+    read_manifest,
+)
+
+
+CLASSIFICATION_VARIANTS = {
+    "piip-tsb-368-192-128-in1k": "piip_3branch_tsb_368-192-128_cls_token_deit1",
+    "piip-sbl-320-160-96-in1k": "piip_3branch_sbl_320-160-96_cls_token_augreg",
+    "piip-sbl-384-192-128-in1k": "piip_3branch_sbl_384-192-128_cls_token_augreg",
+}
+
+
+@pytest.fixture
+def case_files(tmp_path):
+    """Writes configuration and weights of a golden case; returns the arguments of the command line."""
+
+    def write(name, wrap=lambda weights: weights, official=None):
+        case = CASES[name]
+        config_file, checkpoint = tmp_path / "official.json", tmp_path / "official.pth"
+        config_file.write_text(json.dumps(official or get_official_config(case)))
+        torch.save(wrap(build_official_weights(case)), checkpoint)
+        folder = tmp_path / "converted"
+        arguments = ["--official_config", str(config_file), "--checkpoint", str(checkpoint)]
+        return folder, [*arguments, "--output_dir", str(folder)]
+
+    return write
+
+
+def assert_maps_match(name, model):
+    case = CASES[name]
+    with torch.no_grad():
+        feature_maps = model.eval()(build_input(case)).feature_maps
+    stored = load_file(GOLDENS / case["file"])
+    entries = {output: entry for output, entry in case["outputs"].items() if output.startswith("map")}
+    assert len(feature_maps) == len(entries)
+    for k, (output, entry) in enumerate(entries.items()):
+        assert output == f"map{k}"
+        assert_matches(feature_maps[k], output, entry, stored)
+
+
+def add_prefix(weights, prefix):
+    return {f"{prefix}{name}": value for name, value in weights.items()}
+
+
+WRAPPERS = {
+    "bare": lambda weights: weights,
+    "mmcv": lambda weights: {
+        "meta": {"epoch": 12, "CLASSES": ("a", "b"), "best": np.float64(0.5)},
+        "state_dict": add_prefix(weights, "backbone."),
+    },
+    "classification": lambda weights: {"model": weights, "epoch": 3, "args": argparse.Namespace(lr=1e-3)},
+    "deepspeed": lambda weights: {"module": add_prefix(weights, "backbone."), "optimizer": None, "dp_world_size": 8},
+    "data_parallel": lambda weights: {"state_dict": add_prefix(weights, "module.backbone.")},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_backbone_dictionary_becomes_a_backbone_folder(wrapper, case_files):
+    folder, arguments = case_files("det_tiny_dino", WRAPPERS[wrapper])
+    main(arguments)
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "modeling_piip.py"} <= set(
+        os.listdir(folder)
+    )
+    assert_maps_match("det_tiny_dino", PiipBackbone.from_pretrained(folder))
+
+
+def test_old_pickle_format_is_read(case_files, tmp_path):
+    folder, arguments = case_files("seg_tiny_2branch")
+    weights = build_official_weights(CASES["seg_tiny_2branch"])
+    torch.save(weights, tmp_path / "official.pth", _use_new_zipfile_serialization=False)
+    main(arguments)
+    assert_maps_match("seg_tiny_2branch", PiipBackbone.from_pretrained(folder))
+
+
+def test_classification_dictionary_becomes_a_classifier(case_files):
+    name = "cls_tiny_merge_head"
+    official = {"model": {"backbone": get_official_config(CASES[name])}}
+    folder, arguments = case_files(name, official=official)
+    main([*arguments, "--official_codebase", "classification"])
+    model = PiipForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(build_input(CASES[name])).logits
+    assert_matches(logits, "logits", CASES[name]["outputs"]["logits"], load_file(GOLDENS / CASES[name]["file"]))
+
+
+@pytest.mark.slow
+def test_published_variant_gives_the_official_logits(tmp_path):
+    case = CASES["full_piip_3branch_tsb_368-192-128_cls_token_deit1"]
+    checkpoint, folder = tmp_path / "official.pth", tmp_path / "piip-tsb"
+    torch.save({"model": build_official_weights(case)}, checkpoint)
+    variant = "piip-tsb-368-192-128-in1k"
+    main(["--variant", variant, "--checkpoint", str(checkpoint), "--output_dir", str(folder)])
+    model = PiipForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(build_input(case)).logits
+    assert_matches(logits, "logits", case["outputs"]["logits"], load_file(GOLDENS / case["file"]))
+    assert model.config.id2label[1] == "goldfish, Carassius auratus"
+
+
+@pytest.mark.parametrize("variant", CLASSIFICATION_VARIANTS)
+def test_classification_variants_map_one_to_one(variant):
+    official_name = CLASSIFICATION_VARIANTS[variant]
+    manifest = read_manifest(FIXTURES / "manifests" / f"{official_name}.json.gz")
+    config = PiipConfig.from_variant(variant)
+    with torch.device("meta"):
+        model = PiipForImageClassification(config)
+        weights = {name: torch.empty(shape) for name, shape in manifest["state_dict"].items()}
+    converted, left_out = convert_state_dict(weights, model)
+    assert len(converted) == len(weights) and left_out == []
+    for k, branch in enumerate(config.branches):
+        prefix = f"branch{len(config.branches) - k}.blocks."
+        # one class has a module per layer, the other one per residual
+        names = [f"{prefix}{layer}.drop_path" for layer in range(branch.num_hidden_layers)]
+        rates = manifest["drop_path_rates"]
+        assert branch.drop_path_rates == [rates.get(name, rates.get(f"{name}1")) for name in names]
+    assert config.official_checkpoint == f"classification/{official_name}.pth"
+
+
+def test_variant_equals_the_official_configuration():
+    for variant, official_name in CLASSIFICATION_VARIANTS.items():
+        manifest = read_manifest(FIXTURES / "manifests" / f"{official_name}.json.gz")
+        expected, _ = convert_config(manifest["upstream_config"], "classification")
+        config = PiipConfig.from_variant(variant)
+        for name, value in expected.to_dict().items():
+            if name not in ("architectures", "id2label", "label2id", "transformers_version"):
+                assert config.to_dict()[name] == value, (variant, name)
+
+
+def test_variant_without_checkpoint_is_downloaded_from_the_official_repository(monkeypatch, tmp_path):
+    requested = []
+
+    def download(repository, filename):
+        requested.append((repository, filename))
+        raise FileNotFoundError("no network in a test")
+
+    monkeypatch.setattr("modeling_piip.conversion.hf_hub_download", download)
+    with pytest.raises(SystemExit, match="no network"):
+        main(["--variant", "piip-sbl-384-192-128-in1k", "--output_dir", str(tmp_path / "out")])
+    assert requested == [
+        ("OpenGVLab/PIIP", "classification/piip_3branch_sbl_384-192-128_cls_token_augreg.pth"),
+    ]
+
+
+def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(case_files):
+    def damage(weights):
+        weights["branch1.blocks.0.mlp.fc3.weight"] = torch.zeros(2, 2)
+        weights["w1"] = torch.zeros(3, 3)
+        del weights["branch2.pos_embed"]
+        return weights
+
+    folder, arguments = case_files("det_tiny_dino", damage)
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    message = str(error.value)
+    assert "3 problems" in message
+    assert "unknown    branch1.blocks.0.mlp.fc3.weight (2, 2)" in message
+    assert "misshapen  w1 (3, 3), expected (1,)" in message
+    assert "missing    piip.branches.1.embeddings.position_embeddings (1, 16, 32)" in message
+    assert not folder.exists()
+
+
+def test_checkpoint_of_another_variant_is_refused(tmp_path):
+    checkpoint = tmp_path / "official.pth"
+    torch.save(build_official_weights(CASES["cls_tiny_deit_3branch"]), checkpoint)
+    arguments = ["--variant", "piip-tsb-368-192-128-in1k", "--checkpoint", str(checkpoint)]
+    with pytest.raises(SystemExit, match="misshapen  branch1.cls_token"):
+        main([*arguments, "--output_dir", str(tmp_path / "out")])
+    assert os.listdir(tmp_path) == ["official.pth"]
+
+
+def test_interrupted_conversion_leaves_nothing(case_files, monkeypatch):
+    folder, arguments = case_files("det_tiny_dino")
+
+    def interrupt(self, path):
+        (path / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PiipBackbone, "save_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    assert sorted(os.listdir(folder.parent)) == ["official.json", "official.pth"]
+
+
+def test_folder_with_content_is_not_touched(case_files):
+    folder, arguments = case_files("det_tiny_dino")
+    folder.mkdir()
+    (folder / "mine.txt").write_text("keep")
+    with pytest.raises(SystemExit, match="is not empty"):
+        main(arguments)
+    assert os.listdir(folder) == ["mine.txt"]
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ("attacked",)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {}, "epoch": Attack()}, "evil.pth")
+    with pytest.raises(Exception, match="mkdir"):
+        load_official_checkpoint("evil.pth")
+    assert os.listdir(tmp_path) == ["evil.pth"]
+
+
+def test_heads_of_detectors_are_left_out_by_name(case_files, capsys):
+    def add_heads(weights):
+        weights["neck.lateral_convs.0.conv.weight"] = torch.zeros(1)
+        weights["rpn_head.rpn_conv.weight"] = torch.zeros(1)
+        return weights
+
+    _, arguments = case_files("det_tiny_dino", add_heads)
+    main(arguments)
+    printed = capsys.readouterr().out
+    assert "Left out 1 weights: rpn_head.* belongs to Mask R-CNN." in printed
+    assert "Left out 6 weights: fpn1.* is never used by the official code." in printed
+
+
+def test_fourth_branch_of_detectors_follows_the_shapes_of_the_checkpoint():
+    case = CASES["det_tiny_4branch_branch4_from_branch3"]
+    official = get_official_config(case)
+    as_published, _ = convert_config(official, "detection", build_official_weights(case))
+    assert as_published.branches[0].hidden_size == official["branch3"]["embed_dim"]
+    own_width = official["branch4"]["embed_dim"]
+    repaired = {"branch4.patch_embed.proj.weight": torch.zeros(own_width, 3, 16, 16)}
+    config, _ = convert_config(official, "detection", repaired)
+    assert config.branches[0].hidden_size == own_width
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"interact_attn_type": "magic"}, "interact_attn_type"),
+        ({"branch1": {"real_size": 96, "pretrained": None, "interaction_indexes": [[0, 1]]}}, "pretrained"),
+        ({"with_simple_fpn": False}, "with_simple_fpn"),
+    ],
+)
+def test_configurations_that_are_not_understood_are_refused(change, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_config(get_official_config(CASES["det_tiny_dino"]) | change, "detection")
+
+
+def test_blocks_must_all_run_in_order():
+    official = get_official_config(CASES["det_tiny_dino"])
+    branch = official["branch1"] | {"interaction_indexes": [[0, 0], [0, 1]]}
+    with pytest.raises(ConversionError, match="do not run through its 2 blocks"):
+        convert_config(official | {"branch1": branch}, "detection")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--official_config", "x.json"], "needs --checkpoint"),
+        (["--variant", "x", "--official_config", "x.json"], "not allowed with"),
+        (["--variant", "x", "--official_codebase", "detection"], "goes with --official_config"),
+        ([], "required"),
+    ],
+)
+def test_contradicting_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--output_dir", "out"])
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_variant_lists_close_names():
+    with pytest.raises(ValueError, match="piip-tsb-368-192-128-in1k"):
+        PiipConfig.from_variant("piip-tsb-368")
