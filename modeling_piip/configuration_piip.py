@@ -8,6 +8,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
 
@@ -57,20 +58,30 @@ def _require(condition: bool, message: str):
 @dataclass(kw_only=True)
 class PiipBranchConfig:
     r"""
-    One branch of a PIIP network: a plain Vision Transformer and the resolution it looks at (paper, section 3.2).
+    One branch of a PIIP network: a plain Vision Transformer or a ConvNeXt, and the resolution it looks at (paper,
+    section 3.2).
 
-    The options cover the branches of the published models: DeiT, DeiT III, AugReg, MAE, DINOv2 and InternViT-6B.
+    The options cover the branches of the published models: DeiT, DeiT III, AugReg, MAE, DINOv2, InternViT-6B, BEiTv2,
+    Uni-Perceiver and ConvNeXt.
 
     Args:
+        architecture (`str`, *optional*, defaults to `"vit"`):
+            `"vit"` or `"convnext"`. A ConvNeXt is given by `depths` and `hidden_sizes`; options of attention,
+            positions, MLP and class token do not apply to it.
         image_size (`int`, *optional*, defaults to 224):
             Nominal side of the image this branch sees, in pixels. Only the ratios between the branches matter for
             the pyramid; any input size works.
-        patch_size (`int`, *optional*, defaults to 16):
+        patch_size (`int`, *optional*, defaults to 16, for ConvNeXt to 4):
             Side of a patch, in pixels. Incomplete patches at the right and bottom border are dropped.
         hidden_size (`int`, *optional*, defaults to 768):
-            Width of the tokens.
+            Width of the tokens; for ConvNeXt that of its last stage.
         num_hidden_layers (`int`, *optional*, defaults to 12):
-            Number of transformer layers.
+            Number of transformer layers. A ConvNeXt has `sum(depths)` blocks, and between its stages a downsampling
+            layer that counts like a block.
+        depths (`list[int]`, *optional*):
+            Number of blocks in each stage of a ConvNeXt.
+        hidden_sizes (`list[int]`, *optional*):
+            Width of each stage of a ConvNeXt.
         num_attention_heads (`int`, *optional*, defaults to 12):
             Number of attention heads; must divide `hidden_size`.
         mlp_ratio (`float`, *optional*, defaults to 4.0):
@@ -78,8 +89,8 @@ class PiipBranchConfig:
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the MLP: `"gelu"` is exact, `"gelu_pytorch_tanh"` what the fused kernels of the official
             code compute.
-        qkv_bias (`bool`, *optional*, defaults to `True`):
-            Whether the fused query, key and value projection has a bias.
+        qkv_bias (`bool` or `str`, *optional*, defaults to `True`):
+            Whether the fused query, key and value projection has a bias; `"qv"`: queries and values only, as in BEiT.
         qk_norm (`bool`, *optional*, defaults to `False`):
             Whether queries and keys are normalized over the full width (all heads together), as in InternViT-6B.
         norm_type (`str`, *optional*, defaults to `"layernorm"`):
@@ -88,9 +99,14 @@ class PiipBranchConfig:
             Epsilon of the norms of this branch.
         layer_scale_init_value (`float`, *optional*):
             Initial value of the learned gain on every residual; `None` builds no gain.
+        position_embedding_type (`str`, *optional*, defaults to `"absolute"`, for ConvNeXt to `"none"`):
+            `"absolute"`: a learned table added to the patches; `"relative"`: a learned attention bias per layer, head
+            and distance, as in BEiT, which needs windows in every layer; `"none"`.
         position_embedding_grid (`int`, *optional*):
             Side of the grid of the learned position table, in patches. The table is resized bicubically to the
             grid of the input. Defaults to `image_size // patch_size`.
+        embedding_norm (`bool`, *optional*, defaults to `False`, for ConvNeXt to `True`):
+            Whether patches with their positions are normalized before the first layer, as in Uni-Perceiver.
         window_size (`int` or `list[int | None]`, *optional*):
             Side of the attention windows in patches, one for all layers or one per layer; `None` is global attention.
         window_padding (`str`, *optional*, defaults to `"tokens"`):
@@ -110,19 +126,24 @@ class PiipBranchConfig:
             Defaults to one layer per stage.
     """
 
+    architecture: Literal["vit", "convnext"] = "vit"
     image_size: int = 224
-    patch_size: int = 16
+    patch_size: int | None = None
     hidden_size: int = 768
     num_hidden_layers: int = 12
+    depths: list[int] | None = None
+    hidden_sizes: list[int] | None = None
     num_attention_heads: int = 12
     mlp_ratio: float | int = 4.0
     hidden_act: str = "gelu"
-    qkv_bias: bool = True
+    qkv_bias: bool | Literal["qv"] = True
     qk_norm: bool = False
     norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
     layer_norm_eps: float = 1e-6
     layer_scale_init_value: float | int | None = None
+    position_embedding_type: Literal["absolute", "relative", "none"] | None = None
     position_embedding_grid: int | None = None
+    embedding_norm: bool | None = None
     window_size: int | list[int | None] | None = None
     window_padding: Literal["tokens", "qkv"] = "tokens"
     use_cls_token: bool = False
@@ -131,14 +152,35 @@ class PiipBranchConfig:
     stages: list[int] | None = None
 
     def __post_init__(self):
+        is_convnext = self.architecture == "convnext"
+        if is_convnext:
+            self._set_convnext_sizes()
+        if self.patch_size is None:
+            self.patch_size = 4 if is_convnext else 16
+        if self.position_embedding_type is None:
+            self.position_embedding_type = "none" if is_convnext else "absolute"
+        if self.embedding_norm is None:
+            self.embedding_norm = is_convnext
         for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             value = getattr(self, name)
             _require(value > 0, f"`{name}` of a branch must be positive, got {value}.")
-        if self.position_embedding_grid is None:
+        if self.position_embedding_grid is None and self.position_embedding_type == "absolute":
             self.position_embedding_grid = self.image_size // self.patch_size
         if self.stages is None:
             self.stages = [1] * self.num_hidden_layers
         self._check()
+        if not is_convnext:
+            self._check_vit()
+
+    def _set_convnext_sizes(self):
+        depths, hidden_sizes = self.depths or [], self.hidden_sizes or []
+        _require(
+            len(depths) > 0 and len(depths) == len(hidden_sizes) and min(depths + hidden_sizes) > 0,
+            "A ConvNeXt branch needs positive `depths` and `hidden_sizes` of the same length, for example "
+            f"[3, 3, 9, 3] and [96, 192, 384, 768]; got {self.depths} and {self.hidden_sizes}.",
+        )
+        self.hidden_size = hidden_sizes[-1]
+        self.num_hidden_layers = sum(depths) + len(depths) - 1
 
     def _check(self):
         _require(
@@ -147,13 +189,35 @@ class PiipBranchConfig:
             "there would be no patch.",
         )
         _require(
+            self.layer_norm_eps >= 0, f"`layer_norm_eps` of a branch must not be negative, got {self.layer_norm_eps}."
+        )
+        _require(
+            0 <= self.drop_path_rate < 1,
+            f"`drop_path_rate` of a branch must be at least 0 and less than 1, got {self.drop_path_rate}.",
+        )
+        _require(
+            all(length >= 0 for length in self.stages) and sum(self.stages) == self.num_hidden_layers,
+            f"`stages` of a branch must sum to `num_hidden_layers` ({self.num_hidden_layers}), got {self.stages} with "
+            f"the sum {sum(self.stages)}.",
+        )
+
+    def _check_vit(self):
+        _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"`num_attention_heads` ({self.num_attention_heads}) of a branch must divide its `hidden_size` "
             f"({self.hidden_size}).",
         )
-        _require(self.mlp_ratio > 0, f"`mlp_ratio` of a branch must be positive, got {self.mlp_ratio}.")
         _require(
-            self.position_embedding_grid > 0,
+            self.intermediate_size > 0,
+            f"`mlp_ratio` ({self.mlp_ratio}) of a branch leaves no channel to its MLP: raise it.",
+        )
+        _require(
+            self.hidden_act in ACT2FN,
+            f'`hidden_act` of a branch must be an activation that Transformers knows, such as "gelu" or '
+            f'"gelu_pytorch_tanh", got "{self.hidden_act}".',
+        )
+        _require(
+            self.position_embedding_type != "absolute" or self.position_embedding_grid > 0,
             f"`position_embedding_grid` of a branch must be positive, got {self.position_embedding_grid}.",
         )
         _require(
@@ -171,13 +235,9 @@ class PiipBranchConfig:
             "`use_cls_token` cannot be combined with windows: set `window_size` to None or drop the class token.",
         )
         _require(
-            0 <= self.drop_path_rate < 1,
-            f"`drop_path_rate` of a branch must be at least 0 and less than 1, got {self.drop_path_rate}.",
-        )
-        _require(
-            all(length >= 0 for length in self.stages) and sum(self.stages) == self.num_hidden_layers,
-            f"`stages` of a branch must sum to `num_hidden_layers` ({self.num_hidden_layers}), got {self.stages} with "
-            f"the sum {sum(self.stages)}.",
+            self.position_embedding_type != "relative" or len(windows) == self.num_hidden_layers,
+            '`position_embedding_type="relative"` needs a window in every layer: set `window_size`, got '
+            f"{self.window_size}.",
         )
 
     @property
@@ -194,11 +254,30 @@ class PiipBranchConfig:
 
     @property
     def drop_path_rates(self) -> list[float]:
-        """Stochastic depth rate of every layer."""
+        """Stochastic depth rate of every layer; downsampling layers have none."""
+        num_layers = sum(self.depths) if self.architecture == "convnext" else self.num_hidden_layers
         if self.drop_path_schedule == "constant":
-            return [self.drop_path_rate] * self.num_hidden_layers
-        last = max(self.num_hidden_layers - 1, 1)
-        return [self.drop_path_rate * layer / last for layer in range(self.num_hidden_layers)]
+            return [self.drop_path_rate] * num_layers
+        return [self.drop_path_rate * layer / max(num_layers - 1, 1) for layer in range(num_layers)]
+
+    @property
+    def layer_widths(self) -> list[int]:
+        """Width of the tokens after every layer."""
+        if self.architecture == "vit":
+            return [self.hidden_size] * self.num_hidden_layers
+        sizes = zip(self.depths, self.hidden_sizes)
+        # the downsampling layer in front of every stage but the first has the width of its stage
+        return [width for k, (depth, width) in enumerate(sizes) for _ in range(depth + (k > 0))]
+
+    @property
+    def stage_widths(self) -> list[int]:
+        """Width of the tokens at every interaction."""
+        return [self.layer_widths[max(sum(self.stages[: stage + 1]) - 1, 0)] for stage in range(len(self.stages))]
+
+    @property
+    def stride(self) -> int:
+        """Pixels per token side after the last layer."""
+        return self.patch_size * 2 ** (len(self.depths) - 1) if self.architecture == "convnext" else self.patch_size
 
 
 def _default_branches() -> list[PiipBranchConfig]:
@@ -243,8 +322,13 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
             Stochastic depth rate of the feed-forward residuals of the interactions.
         merge_type (`str`, *optional*, defaults to `"conv"`):
             How the branches become one map on the grid of the first branch (paper, section 3.4): `"conv"` (dense
-            prediction) and `"linear"` (classification) project every branch to the width of the last one and add
-            them with learned weights; `"concat"` has no parameters and concatenates the channels.
+            prediction), `"single_conv"` (the same with one convolution less) and `"linear"` (classification) project
+            every branch to the width of the last one and add them with learned weights; `"concat"` has no parameters
+            and concatenates the channels.
+        merge_stages (`list[int]`, *optional*):
+            Three stages whose branches are merged in addition to those of the last one (regular pyramid): each level
+            of the feature pyramid then has its own merged map. By default all levels come from the last one (simple
+            pyramid). Needed when the first branch is a ConvNeXt.
         num_groups (`int`, *optional*, defaults to 32):
             Groups of the group norms of merge and pyramid.
         pyramid_norm (`str`, *optional*, defaults to `"group"`):
@@ -294,7 +378,8 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
     interaction_norm: bool = True
     interaction_ffn_ratio: float | int = 0.25
     interaction_drop_path_rate: float | int = 0.4
-    merge_type: Literal["conv", "linear", "concat"] = "conv"
+    merge_type: Literal["conv", "single_conv", "linear", "concat"] = "conv"
+    merge_stages: list[int] | None = None
     num_groups: int = 32
     pyramid_norm: Literal["group", "layer"] = "group"
     classification_head: Literal["branches", "merged"] | None = None
@@ -334,6 +419,8 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
             "the branches, for example [2, 2, 2] beside [1, 1, 1].",
         )
         _require(self.num_channels > 0, f"`num_channels` must be positive, got {self.num_channels}.")
+        for name in ("layer_norm_eps", "initializer_range"):
+            _require(getattr(self, name) >= 0, f"`{name}` must not be negative, got {getattr(self, name)}.")
 
     def _check_interactions(self):
         for name in ("interaction_num_heads", "interaction_num_points", "interaction_value_ratio"):
@@ -348,12 +435,17 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
         if len(self.branches) == 1:
             return
         value_ratio = self.interaction_value_ratio if self.interaction_attention == "deformable" else 1
-        for branch in self.branches:
-            width = int(branch.hidden_size * value_ratio)
+        for hidden_size in sorted({width for branch in self.branches for width in branch.stage_widths}):
+            width = int(hidden_size * value_ratio)
             _require(
                 width >= self.interaction_num_heads and width % self.interaction_num_heads == 0,
                 f"`interaction_num_heads` ({self.interaction_num_heads}) must divide the value width {width} of the "
-                f"branch with `hidden_size` {branch.hidden_size} (`interaction_value_ratio` {value_ratio}).",
+                f"branch with `hidden_size` {hidden_size} (`interaction_value_ratio` {value_ratio}).",
+            )
+            _require(
+                self.interaction_ffn_ratio == 0 or int(hidden_size * self.interaction_ffn_ratio) > 0,
+                f"`interaction_ffn_ratio` ({self.interaction_ffn_ratio}) leaves no channel to the feed-forward network "
+                f"of the branch with `hidden_size` {hidden_size}: raise it, or set it to 0 to build none.",
             )
 
     def _check_merge(self):
@@ -363,11 +455,20 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
             '`classification_head="branches"` does not use the merged map: set `merge_type="concat"`, got '
             f'"{self.merge_type}".',
         )
+        if self.merge_stages is not None:
+            stages = range(self.num_stages - 1)
+            _require(
+                self.merge_stages == sorted(set(self.merge_stages))
+                and len(self.merge_stages) == len(PYRAMID_LEVELS) - 1
+                and set(self.merge_stages) <= set(stages),
+                f"`merge_stages` must be {len(PYRAMID_LEVELS) - 1} different stages between 0 and {len(stages) - 1} "
+                f"in rising order (the last stage is always merged), got {self.merge_stages}.",
+            )
         widths = []
         if self.merge_type == "linear":
             widths = [branch.hidden_size for branch in self.branches]
-        elif self.merge_type == "conv":
-            widths = [self.hidden_size]
+        elif self.merge_type != "concat":
+            widths = self.merged_sizes
         for width in widths:
             _require(
                 width % self.num_groups == 0,
@@ -398,10 +499,19 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the merged map."""
-        if self.merge_type == "concat":
-            return sum(branch.hidden_size for branch in self.branches)
-        return self.branches[-1].hidden_size
+        """Width of the merged map of the last stage."""
+        return self.merged_sizes[-1]
+
+    @property
+    def all_merge_stages(self) -> list[int]:
+        """Stages whose branches are merged, the last one included."""
+        return [*(self.merge_stages or []), self.num_stages - 1]
+
+    @property
+    def merged_sizes(self) -> list[int]:
+        """Width of every merged map."""
+        merged = self.branches if self.merge_type == "concat" else self.branches[-1:]
+        return [sum(branch.stage_widths[stage] for branch in merged) for stage in self.all_merge_stages]
 
     @property
     def image_size(self) -> int:
@@ -410,7 +520,7 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Transformer layers of all branches together."""
+        """Layers of all branches together."""
         return sum(branch.num_hidden_layers for branch in self.branches)
 
     @property

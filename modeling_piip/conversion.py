@@ -28,7 +28,10 @@ logger = logging.get_logger(__name__)
 
 CODEBASES = ("classification", "detection", "segmentation")
 OFFICIAL_REPOSITORY = "OpenGVLab/PIIP"
-BASELINE_TYPES = ("vit_models", "InternViT6B")
+# Families of single-branch baselines by their official class
+BASELINE_TYPES = {"vit_models": "vit", "InternViT6B": "intern_vit", "ConvNextHFWrapper": "convnext"}
+# The detector with three branches chooses the network of a branch by a text in its `pretrained` entry
+FAMILY_TEXTS = {"deit": "vit", "beit": "beit", "perceiver": "uni_perceiver", "convnext": "convnext"}
 
 # What the official constructors assume where a configuration is silent
 INTERACTION_DEFAULTS = {
@@ -42,54 +45,60 @@ INTERACTION_DEFAULTS = {
     "interaction_proj": True,
     "norm_layer": None,
 }
-VIT_DEFAULTS = {
+BASE_DEFAULTS = {
     "patch_size": 16,
+    "pretrain_img_size": 224,
     "embed_dim": 768,
     "depth": 12,
     "num_heads": 12,
     "mlp_ratio": 4.0,
     "qkv_bias": False,
-    "init_scale": 1e-4,
-    "drop_path_rate": 0.0,
-    "use_flash_attn": False,
-    "window_attn": False,
-    "window_size": -1,
-    "Mlp_block": None,
-}
-INTERN_VIT_DEFAULTS = {
-    "embed_dim": 3200,
-    "depth": 48,
-    "num_heads": 25,
-    "mlp_ratio": 4,
-    "qkv_bias": False,
     "drop_path_rate": 0.0,
     "window_attn": False,
     "window_size": 14,
-    "mlp_type": "regular",
 }
-INTERN_VIT_CLASSIFICATION_DEFAULTS = {
-    "patch_size": 16,
-    "init_values": None,
-    "qk_normalization": False,
-    "norm_layer_type": "ln",
+VIT_DEFAULTS = BASE_DEFAULTS | {"init_scale": 1e-4, "use_flash_attn": False, "Mlp_block": None}
+BEIT_DEFAULTS = BASE_DEFAULTS | {"init_values": None, "use_abs_pos_emb": False, "use_shared_rel_pos_bias": False}
+UNI_PERCEIVER_DEFAULTS = BASE_DEFAULTS | {"qkv_bias": True}
+INTERN_VIT_DEFAULTS = BASE_DEFAULTS | {"embed_dim": 3200, "depth": 48, "num_heads": 25, "mlp_type": "regular"}
+INTERN_VIT_CODEBASE_DEFAULTS = {
+    "classification": {"init_values": None, "qk_normalization": False, "norm_layer_type": "ln"},
+    "detection": {"patch_size": 14, "init_values": 0.1, "qk_normalization": True, "norm_layer_type": "RMSNorm"},
+    "segmentation": {"patch_size": 14, "init_values": 0.1, "qk_normalization": True, "norm_layer_type": "RMSNorm"},
 }
-INTERN_VIT_DENSE_DEFAULTS = {
-    "patch_size": 14,
-    "init_values": 0.1,
-    "qk_normalization": True,
-    "norm_layer_type": "RMSNorm",
+# Depths and widths of the Hugging Face checkpoints that the official code names
+CONVNEXT_SIZES = {
+    "tiny": ([3, 3, 9, 3], [96, 192, 384, 768]),
+    "small": ([3, 3, 27, 3], [96, 192, 384, 768]),
+    "base": ([3, 3, 27, 3], [128, 256, 512, 1024]),
+    "large": ([3, 3, 27, 3], [192, 384, 768, 1536]),
+    "xlarge": ([3, 3, 27, 3], [256, 512, 1024, 2048]),
 }
 
 # Official branch keys to ours, applied in this order
-BRANCH_RENAMES = (
+VIT_RENAMES = (
     (r"^cls_token$", "embeddings.cls_token"),
     (r"^pos_embed$", "embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings."),
+    (r"^visual_embed\.patch_embed\.spatial_pos_embed\.weight$", "embeddings.position_embeddings"),
+    (r"^visual_embed\.embeddings_norm\.", "embeddings.norm."),
+    (r"^(?:visual_embed\.)?patch_embed\.proj\.", "embeddings.patch_embeddings."),
     (r"^blocks\.", "layers."),
+    (r"\.attn\.relative_position_bias_table$", ".attention.relative_position_bias.table"),
     (r"\.attn\.proj\.", ".attention.projection."),
     (r"\.attn\.", ".attention."),
+    (r"\.self_attn\.in_proj\.", ".attention.qkv."),
+    (r"\.self_attn\.out_proj\.", ".attention.projection."),
+    (r"\.linear(\d)\.", r".mlp.fc\1."),
     (r"\.gamma_(\d)$", r".layer_scale\1.weight"),
     (r"\.ls(\d)\.gamma$", r".layer_scale\1.weight"),
+)
+CONVNEXT_RENAMES = (
+    (r"^convnext_model\.", ""),
+    (r"^embeddings\.layernorm\.", "embeddings.norm."),
+    (r"\.dwconv\.", ".depthwise_conv."),
+    (r"\.layernorm\.", ".norm."),
+    (r"\.pwconv(\d)\.", r".fc\1."),
+    (r"\.layer_scale_parameter$", ".layer_scale.weight"),
 )
 INJECTOR_RENAMES = (
     (r"^ca_gamma$", "attention_gate"),
@@ -121,52 +130,43 @@ class ConversionError(ValueError):
 # ------------------------------------------------- configuration -------------------------------------------------
 
 
-def infer_codebase(backbone: dict) -> str:
-    """Which of the three official code bases a backbone dictionary comes from."""
-    branches = get_official_branches(backbone)
-    names = {name for branch in branches for name in branch}
-    if "real_size" in names:
-        return "segmentation" if "img_size" in names else "detection"
-    if backbone.get("type") in BASELINE_TYPES and backbone.get("with_fpn"):
-        return "segmentation" if "img_size" in backbone else "detection"
-    if "img_size" in names and backbone.get("type") not in BASELINE_TYPES:
-        return "classification"
-    raise ConversionError(
-        "Cannot tell which official code base the configuration comes from. Say it: one of "
-        + ", ".join(CODEBASES)
-        + "."
-    )
-
-
 def get_official_branches(backbone: dict) -> list[dict]:
     """The branch dictionaries in official order; a single-branch baseline is its own branch."""
     branches = [backbone[f"branch{b}"] for b in range(1, 5) if backbone.get(f"branch{b}")]
     return branches or [backbone]
 
 
-def uses_intern_vit(branch: dict, codebase: str) -> bool:
-    """Whether the official code builds a branch with its InternViT class rather than its DeiT class."""
+def infer_codebase(backbone: dict) -> str:
+    """Which of the three official code bases a backbone dictionary comes from."""
+    is_baseline = backbone.get("type") in BASELINE_TYPES
+    names = {name for branch in get_official_branches(backbone) for name in branch}
+    if "real_size" in names or (is_baseline and backbone.get("with_fpn")):
+        return "segmentation" if "img_size" in names else "detection"
+    if "img_size" in names and not is_baseline:
+        return "classification"
+    raise ConversionError(
+        f"Cannot tell which official code base the configuration comes from: say it, one of {', '.join(CODEBASES)}."
+    )
+
+
+def get_family(branch: dict, codebase: str, num_branches: int) -> str:
+    """Which network the official code builds a branch with."""
     if branch.get("type") in BASELINE_TYPES:
-        return branch["type"] == "InternViT6B"
+        return BASELINE_TYPES[branch["type"]]
     if codebase == "classification":
         model_type = branch.get("model_type", "deit")
         if model_type not in ("deit", "augreg"):
             raise ConversionError(f"Unknown `model_type` {model_type!r} of a branch: expected 'deit' or 'augreg'.")
-        return model_type == "augreg"
+        return "vit" if model_type == "deit" else "intern_vit"
     pretrained = branch.get("pretrained")
     if not isinstance(pretrained, str):
         raise ConversionError(
             "The official code chooses the network of a branch by the text of its `pretrained` entry, for example "
             f"'deit' or 'intern_vit'; got {pretrained!r}."
         )
-    if "deit" in pretrained:
-        return False
-    for family in ("beit", "perceiver", "convnext"):
-        if family in pretrained:
-            raise ConversionError(
-                f"Branches of the family '{family}' are not supported yet (`pretrained` {pretrained!r})."
-            )
-    return True
+    # the other pyramids know DeiT and InternViT only
+    texts = FAMILY_TEXTS if codebase == "detection" and num_branches == 3 else {"deit": "vit"}
+    return next((family for text, family in texts.items() if text in pretrained), "intern_vit")
 
 
 def convert_window_sizes(attributes: dict) -> list[int | None]:
@@ -188,41 +188,75 @@ def convert_stages(interaction_indexes: list[list[int]], depth: int) -> list[int
     return [last - first + 1 for first, last in interaction_indexes]
 
 
-def convert_branch(branch: dict, codebase: str) -> PiipBranchConfig:
-    """A branch (or a single-branch baseline) of an official configuration."""
-    is_intern_vit = uses_intern_vit(branch, codebase)
-    if is_intern_vit:
-        dense = codebase != "classification"
-        defaults = INTERN_VIT_DEFAULTS | (INTERN_VIT_DENSE_DEFAULTS if dense else INTERN_VIT_CLASSIFICATION_DEFAULTS)
-        attributes = defaults | branch
-        options = {
-            "qk_norm": attributes["qk_normalization"],
-            "norm_type": "rmsnorm" if attributes["norm_layer_type"] == "RMSNorm" else "layernorm",
-            "layer_scale_init_value": attributes["init_values"] or None,
-            "hidden_act": "gelu_pytorch_tanh" if attributes["mlp_type"] == "fused_mlp" else "gelu",
-            "drop_path_schedule": "linear" if dense else "constant",
-        }
-    else:
-        attributes = VIT_DEFAULTS | branch
-        options = {
-            "layer_scale_init_value": attributes["init_scale"],
-            "hidden_act": "gelu_pytorch_tanh" if attributes["Mlp_block"] == "fused_mlp" else "gelu",
-            "window_padding": "tokens" if attributes["use_flash_attn"] else "qkv",
-        }
-    pretrain_size = attributes.get("pretrain_img_size", 224)
-    image_size = attributes.get("real_size", attributes.get("img_size", pretrain_size))
-    table_size = pretrain_size if codebase == "detection" else attributes.get("img_size", 224)
+def convert_vit_options(attributes: dict, codebase: str) -> dict:
+    return {
+        "qkv_bias": attributes["qkv_bias"],
+        "layer_scale_init_value": attributes["init_scale"],
+        "hidden_act": "gelu_pytorch_tanh" if attributes["Mlp_block"] == "fused_mlp" else "gelu",
+        "window_padding": "tokens" if attributes["use_flash_attn"] else "qkv",
+    }
+
+
+def convert_intern_vit_options(attributes: dict, codebase: str) -> dict:
+    return {
+        "qkv_bias": attributes["qkv_bias"],
+        "qk_norm": attributes["qk_normalization"],
+        "norm_type": "rmsnorm" if attributes["norm_layer_type"] == "RMSNorm" else "layernorm",
+        "layer_scale_init_value": attributes["init_values"] or None,
+        "hidden_act": "gelu_pytorch_tanh" if attributes["mlp_type"] == "fused_mlp" else "gelu",
+        "drop_path_schedule": "constant" if codebase == "classification" else "linear",
+    }
+
+
+def convert_beit_options(attributes: dict, codebase: str) -> dict:
+    if attributes["use_abs_pos_emb"] or attributes["use_shared_rel_pos_bias"]:
+        raise ConversionError("BEiT branches are supported with one relative position bias per layer only.")
+    return {
+        "qkv_bias": "qv" if attributes["qkv_bias"] else False,
+        "layer_scale_init_value": attributes["init_values"],
+        "position_embedding_type": "relative",
+        "drop_path_schedule": "linear",
+    }
+
+
+def convert_uni_perceiver_options(attributes: dict, codebase: str) -> dict:
+    return {
+        "layer_norm_eps": 1e-5,
+        "layer_scale_init_value": 0.0,
+        "embedding_norm": True,
+        "drop_path_schedule": "linear",
+    }
+
+
+# Per family of ViTs: what the official constructor assumes, and the options that only it has
+VIT_FAMILIES = {
+    "vit": (VIT_DEFAULTS, convert_vit_options),
+    "intern_vit": (INTERN_VIT_DEFAULTS, convert_intern_vit_options),
+    "beit": (BEIT_DEFAULTS, convert_beit_options),
+    "uni_perceiver": (UNI_PERCEIVER_DEFAULTS, convert_uni_perceiver_options),
+}
+
+
+def convert_vit_branch(branch: dict, family: str, codebase: str) -> PiipBranchConfig:
+    """A branch (or a single-branch baseline) of an official configuration whose network is a ViT."""
+    defaults, convert_options = VIT_FAMILIES[family]
+    if family == "intern_vit":
+        defaults = defaults | INTERN_VIT_CODEBASE_DEFAULTS[codebase]
+    attributes = defaults | branch
+    options = convert_options(attributes, codebase)
+    if options.get("position_embedding_type") != "relative":
+        # only the detection code resizes its tables while it runs
+        table_size = attributes["pretrain_img_size"] if codebase == "detection" else attributes.get("img_size", 224)
+        options["position_embedding_grid"] = table_size // attributes["patch_size"]
     if "interaction_indexes" in attributes:
         options["stages"] = convert_stages(attributes["interaction_indexes"], attributes["depth"])
     return PiipBranchConfig(
-        image_size=image_size,
+        image_size=attributes.get("real_size", attributes.get("img_size", attributes["pretrain_img_size"])),
         patch_size=attributes["patch_size"],
         hidden_size=attributes["embed_dim"],
         num_hidden_layers=attributes["depth"],
         num_attention_heads=attributes["num_heads"],
         mlp_ratio=attributes["mlp_ratio"],
-        qkv_bias=attributes["qkv_bias"],
-        position_embedding_grid=table_size // attributes["patch_size"],
         window_size=convert_window_sizes(attributes),
         use_cls_token=attributes.get("use_cls_token", codebase == "classification"),
         drop_path_rate=attributes["drop_path_rate"],
@@ -230,16 +264,68 @@ def convert_branch(branch: dict, codebase: str) -> PiipBranchConfig:
     )
 
 
-def build_fourth_branch(branches: list[dict], width: int | None) -> dict:
+def get_convnext_sizes(pretrained: str, state_dict: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
+    """Depths and widths of a ConvNeXt: from the weights of its branch if there are any, else from its name."""
+    depths, hidden_sizes = {}, {}
+    for name, value in state_dict.items():
+        if match := re.search(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.dwconv\.bias$", name):
+            stage = int(match[1])
+            depths[stage] = max(depths.get(stage, 0), int(match[2]) + 1)
+            hidden_sizes[stage] = value.shape[0]
+    if depths:
+        return [depths[stage] for stage in sorted(depths)], [hidden_sizes[stage] for stage in sorted(depths)]
+    for size, sizes in CONVNEXT_SIZES.items():
+        if f"-{size}-" in pretrained:
+            return sizes
+    raise ConversionError(f"Unknown ConvNeXt {pretrained!r}: expected a size among {', '.join(CONVNEXT_SIZES)}.")
+
+
+def convert_convnext_branch(branch: dict, state_dict: dict[str, torch.Tensor]) -> PiipBranchConfig:
+    depths, hidden_sizes = get_convnext_sizes(branch["pretrained"], state_dict)
+    if "interaction_indexes" in branch:
+        stages = convert_stages(branch["interaction_indexes"], sum(depths) + len(depths) - 1)
+    else:
+        stages = [depth + (k > 0) for k, depth in enumerate(depths)]
+    return PiipBranchConfig(
+        architecture="convnext",
+        image_size=branch["real_size"],
+        depths=depths,
+        hidden_sizes=hidden_sizes,
+        layer_scale_init_value=1e-6,
+        drop_path_rate=branch.get("drop_path_rate") or 0.0,
+        drop_path_schedule="linear",
+        stages=stages,
+    )
+
+
+def convert_branches(branches: list[dict], codebase: str, state_dict: dict) -> list[PiipBranchConfig]:
+    """Branches in official order to ours in our order."""
+    converted = []
+    for number, branch in enumerate(branches, start=1):
+        family = get_family(branch, codebase, len(branches))
+        if family == "convnext":
+            prefix = f"branch{number}." if len(branches) > 1 else ""
+            weights = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+            converted.append(convert_convnext_branch(branch, weights))
+        else:
+            converted.append(convert_vit_branch(branch, family, codebase))
+    return converted[::-1]
+
+
+def build_fourth_branch(branches: list[dict], state_dict: dict[str, torch.Tensor]) -> dict:
     """
     The official detection code builds its fourth branch from the settings of the third; only `real_size` and
-    `interaction_indexes` are its own. A checkpoint may come from a repaired version: then its `width` tells.
+    `interaction_indexes` are its own. A checkpoint may come from a repaired version: then its shapes tell.
     """
     third, fourth = branches[2], branches[3]
-    if width is not None and width != third["embed_dim"] and width == fourth["embed_dim"]:
-        logger.info("The fourth branch of the checkpoint is %d wide: built from the settings of `branch4`.", width)
+    bias = state_dict.get("branch4.patch_embed.proj.bias")
+    if bias is not None and bias.shape[0] != third["embed_dim"] and bias.shape[0] == fourth["embed_dim"]:
+        logger.warning("The fourth branch is %d wide: it has the settings of `branch4`.", bias.shape[0])
         return fourth
-    logger.info("The fourth branch is built from the settings of `branch3`, as the official detection code does.")
+    logger.warning(
+        "The fourth branch is %d wide: it has the settings of `branch3`, as the official detection code builds it.",
+        third["embed_dim"],
+    )
     return third | {name: fourth[name] for name in ("real_size", "interaction_indexes")}
 
 
@@ -262,6 +348,29 @@ def convert_interactions(backbone: dict) -> dict:
     }
 
 
+def convert_baseline_merge(backbone: dict, codebase: str) -> dict:
+    if backbone["type"] == "ConvNextHFWrapper":
+        # the outputs of its four stages
+        return {"merge_type": "concat", "merge_stages": [0, 1, 2]}
+    if codebase == "classification" or not backbone.get("with_fpn"):
+        raise ConversionError("Single-branch baselines are supported as dense backbones (`with_fpn=True`).")
+    return {"merge_type": "concat", "pyramid_norm": "layer"}
+
+
+def convert_classification_merge(backbone: dict) -> dict:
+    if backbone.get("separate_head"):
+        return {"merge_type": "concat", "num_labels": backbone["branch1"].get("num_classes", 1000)}
+    return {"merge_type": "linear", "num_labels": backbone.get("num_classes", 1000)}
+
+
+def convert_dense_merge(backbone: dict) -> dict:
+    levels = ["p3", "p4", "p5"] if backbone.get("is_dino") else ["p2", "p3", "p4", "p5"]
+    if backbone.get("with_simple_fpn", True):
+        return {"merge_type": "conv", "out_features": levels}
+    stages = list(backbone["out_interaction_indexes"])
+    return {"merge_type": "single_conv", "merge_stages": stages, "out_features": levels}
+
+
 def convert_config(
     official: dict, codebase: str | None = None, state_dict: dict | None = None
 ) -> tuple[PiipConfig, type[PiipPreTrainedModel]]:
@@ -274,37 +383,25 @@ def convert_config(
         codebase (`str`, *optional*):
             `"classification"`, `"detection"` or `"segmentation"`; inferred when omitted and unambiguous.
         state_dict (`dict`, *optional*):
-            The official weights. Needed only where the configuration alone does not tell: the width of the fourth
-            branch of detectors.
+            The official weights. They tell what the configuration alone does not: the width of the fourth branch of
+            detectors and the size of a ConvNeXt with an unknown name.
 
     Raises:
         ConversionError: If the configuration is not understood.
     """
     backbone = official.get("backbone", official)
-    if codebase is None:
-        codebase = infer_codebase(backbone)
-    if backbone.get("with_simple_fpn", True) is False:
-        raise ConversionError("Regular pyramids (`with_simple_fpn=False`) are not supported yet.")
+    state_dict = state_dict or {}
+    codebase = codebase or infer_codebase(backbone)
     branches = get_official_branches(backbone)
     if codebase == "detection" and len(branches) == 4:
-        weight = (state_dict or {}).get("branch4.patch_embed.proj.weight")
-        branches = branches[:3] + [build_fourth_branch(branches, None if weight is None else weight.shape[0])]
-    options = {"branches": [convert_branch(branch, codebase) for branch in reversed(branches)]}
-
+        branches = [*branches[:3], build_fourth_branch(branches, state_dict)]
+    options = {"branches": convert_branches(branches, codebase, state_dict)}
     if backbone.get("type") in BASELINE_TYPES:
-        if codebase == "classification" or not backbone.get("with_fpn"):
-            raise ConversionError("Single-branch baselines are supported as dense backbones (`with_fpn=True`).")
-        return PiipConfig(**options, merge_type="concat", pyramid_norm="layer"), PiipBackbone
-
+        return PiipConfig(**options, **convert_baseline_merge(backbone, codebase)), PiipBackbone
     options |= convert_interactions(backbone)
-    if codebase != "classification":
-        levels = ["p3", "p4", "p5"] if backbone.get("is_dino") else ["p2", "p3", "p4", "p5"]
-        return PiipConfig(**options, merge_type="conv", out_features=levels), PiipBackbone
-    if backbone.get("separate_head"):
-        options |= {"merge_type": "concat", "num_labels": branches[0].get("num_classes", 1000)}
-    else:
-        options |= {"merge_type": "linear", "num_labels": backbone.get("num_classes", 1000)}
-    return PiipConfig(**options), PiipForImageClassification
+    if codebase == "classification":
+        return PiipConfig(**options, **convert_classification_merge(backbone)), PiipForImageClassification
+    return PiipConfig(**options, **convert_dense_merge(backbone)), PiipBackbone
 
 
 # ---------------------------------------------------- weights ----------------------------------------------------
@@ -348,12 +445,27 @@ def rename_interaction(match: re.Match, num_branches: int) -> str:
     return f"{unit}.{apply_renames(rest, INJECTOR_RENAMES)}"
 
 
-def rename_merge(match: re.Match, num_branches: int, merge_type: str) -> str:
-    branch, rest = match.groups()
-    if merge_type == "linear":
+def rename_merge(branch: str, rest: str, merge: int, config: PiipConfig) -> str:
+    if config.merge_type == "linear":
         # a bare norm for official branch 1, else norm, permute, linear, permute, norm
         rest = f"0.{rest}" if branch == "1" else re.sub(r"^\d", lambda index: str(int(index[0]) // 2), rest)
-    return f"piip.merge.branches.{num_branches - int(branch)}.layers.{rest}"
+    return f"piip.merges.{merge}.branches.{len(config.branches) - int(branch)}.layers.{rest}"
+
+
+def rename_branch(name: str, branch: PiipBranchConfig) -> str:
+    if branch.architecture == "vit":
+        return apply_renames(name, VIT_RENAMES)
+
+    def flatten(match: re.Match) -> str:
+        """Blocks of all stages in one list, each downsampling layer in front of its stage."""
+        stage, kind, index = int(match[1]), match[2], int(match[3])
+        first = sum(branch.depths[:stage]) + max(stage - 1, 0)
+        if kind == "downsampling_layer":
+            return f"layers.{first}.{'norm' if index == 0 else 'conv'}"
+        return f"layers.{first + (stage > 0) + index}"
+
+    name = re.sub(r"encoder\.stages\.(\d+)\.(downsampling_layer|layers)\.(\d+)", flatten, name)
+    return apply_renames(name, CONVNEXT_RENAMES)
 
 
 def rename_key(name: str, config: PiipConfig) -> str:
@@ -363,21 +475,44 @@ def rename_key(name: str, config: PiipConfig) -> str:
         layer = {"norm": "norm", "head": "linear"}[match[2]]
         return f"classifiers.{num_branches - int(match[1])}.{layer}.{match[3]}"
     if match := re.fullmatch(r"branch(\d)\.(.+)", name):
-        return f"piip.branches.{num_branches - int(match[1])}.{apply_renames(match[2], BRANCH_RENAMES)}"
+        index = num_branches - int(match[1])
+        return f"piip.branches.{index}.{rename_branch(match[2], config.branches[index])}"
     pattern = r"interactions\.(\d+)\.interaction_units_(\d)(\d)\.branch(\d)to\d_(proj|injector)\.(.+)"
     if match := re.fullmatch(pattern, name):
         return rename_interaction(match, num_branches)
-    if match := re.fullmatch(r"w(\d)", name):
-        return f"piip.merge.branches.{num_branches - int(match[1])}.scale"
-    if match := re.fullmatch(r"merge_branch(\d)\.(.+)", name):
-        return rename_merge(match, num_branches, config.merge_type)
+    if match := re.fullmatch(r"(?:intermediate_merging_(\d+)_|merge_)?(?:w|branch)(\d)(?:\.(.+))?", name):
+        stage = config.num_stages - 1 if match[1] is None else int(match[1])
+        merge = config.all_merge_stages.index(stage)
+        if match[3] is None:
+            return f"piip.merges.{merge}.branches.{num_branches - int(match[2])}.scale"
+        return rename_merge(match[2], match[3], merge, config)
     if match := re.fullmatch(r"cls_(norm|head)\.(.+)", name):
         return f"classifiers.0.{'norm' if match[1] == 'norm' else 'linear'}.{match[2]}"
     if match := re.fullmatch(r"(?:fpn|up)([12])\.(.+)", name):
         if match[1] == "1":
             return f"feature_pyramid.levels.p2.{match[2]}"
         return f"feature_pyramid.levels.p3.{match[2].removeprefix('0.')}"
-    return f"piip.branches.0.{apply_renames(name, BRANCH_RENAMES)}"
+    return f"piip.branches.0.{rename_branch(name, config.branches[0])}"
+
+
+def fold_temporal_embeddings(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Uni-Perceiver adds the first row of a table for video frames to every patch of an image. A constant survives the
+    resizing of the position table, so the row goes into it.
+    """
+    suffix = "temporal_pos_embed.weight"
+    folded = {name: value for name, value in state_dict.items() if not name.endswith(suffix)}
+    for name in state_dict.keys() - folded.keys():
+        table = name.replace("temporal", "spatial")
+        folded[table] = (folded[table] + state_dict[name][0]).unsqueeze(0)
+    return folded
+
+
+def is_never_used(name: str, config: PiipConfig) -> bool:
+    """Modules that the official code builds and never runs, and buffers that we compute."""
+    if name.endswith(".relative_position_index") or "convnext_model.layernorm." in name:
+        return True
+    return name.startswith("fpn1.") and "p2" not in config.out_features
 
 
 def fit_shape(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -410,12 +545,12 @@ def convert_state_dict(
     """
     expected = {name: value.shape for name, value in model.state_dict().items()}
     converted, left_out, problems = {}, [], []
-    for official_name, value in state_dict.items():
-        name = rename_key(official_name, model.config)
-        unused = official_name.startswith("fpn1.") and "p2" not in model.config.out_features
-        if unused or official_name.startswith(tuple(HEAD_PREFIXES)):
+    for official_name, value in fold_temporal_embeddings(state_dict).items():
+        if is_never_used(official_name, model.config) or official_name.startswith(tuple(HEAD_PREFIXES)):
             left_out.append(official_name)
-        elif name not in expected:
+            continue
+        name = rename_key(official_name, model.config)
+        if name not in expected:
             problems.append(f"unknown    {official_name} {tuple(value.shape)}")
         else:
             value = fit_shape(name, value, expected[name])
@@ -513,9 +648,9 @@ def describe_left_out(names: list[str]) -> list[str]:
     """One line per group of official weights that were left out, saying why."""
     groups: dict[str, int] = {}
     for name in names:
-        prefix = next((prefix for prefix in HEAD_PREFIXES if name.startswith(prefix)), None)
-        reason = (
-            f"{prefix}* belongs to {HEAD_PREFIXES[prefix]}" if prefix else "fpn1.* is never used by the official code"
-        )
+        reason = "the official code builds them and never uses them, or we compute them"
+        for prefix, head in HEAD_PREFIXES.items():
+            if name.startswith(prefix):
+                reason = f"{prefix}* belongs to {head}, which is not converted"
         groups[reason] = groups.get(reason, 0) + 1
     return [f"Left out {count} weights: {reason}." for reason, count in groups.items()]

@@ -9,6 +9,7 @@ Official code: https://github.com/OpenGVLab/PIIP (MIT license), whose numbers th
 
 import itertools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -38,7 +41,7 @@ class PiipModelOutput(ModelOutput):
         pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
             Mean of `last_hidden_state` over the grid.
         merged_feature_maps (`tuple(torch.FloatTensor)`):
-            The merged map as `(batch_size, hidden_size, height, width)`.
+            The merged maps of `config.merge_stages` and of the last stage as `(batch_size, channels, height, width)`.
         branch_hidden_states (`tuple(torch.FloatTensor)`):
             Patch tokens of every branch after the last interaction, `(batch_size, num_patches_k, hidden_size_k)`, in
             the order of `config.branches`, without class tokens.
@@ -107,6 +110,8 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out; returns `(batch_size, num_queries, num_heads, head_dim)` and the weights."""
     attention_weights = (query @ key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        attention_weights = attention_weights + attention_mask
     attention_weights = attention_weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     attention_weights = F.dropout(attention_weights, p=dropout, training=module.training)
     return (attention_weights @ value).transpose(1, 2), attention_weights
@@ -122,7 +127,8 @@ class PiipDropPath(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.rate == 0 or not self.training:
             return hidden_states
-        keep = hidden_states.new_full((hidden_states.shape[0], 1, 1), 1 - self.rate).bernoulli()
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        keep = hidden_states.new_full(shape, 1 - self.rate).bernoulli()
         return hidden_states * keep / (1 - self.rate)
 
     def extra_repr(self) -> str:
@@ -185,10 +191,10 @@ class PiipImagePyramid(nn.Module):
         super().__init__()
         self.scale_factors = [branch.image_size / config.image_size for branch in config.branches]
         smallest = [
-            next(side for side in itertools.count(1) if math.floor(side * factor) >= branch.patch_size)
+            next(side for side in itertools.count(1) if math.floor(side * factor) >= branch.stride)
             for branch, factor in zip(config.branches, self.scale_factors, strict=True)
         ]
-        # Side in pixels that leaves one patch to every branch
+        # Side in pixels that leaves one token to every branch
         self.minimum_size = max(smallest)
 
     def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
@@ -207,13 +213,16 @@ class PiipEmbeddings(nn.Module):
 
     def __init__(self, config: PiipConfig, branch: PiipBranchConfig):
         super().__init__()
-        self.patch_size = branch.patch_size
-        self.position_grid = (branch.position_embedding_grid, branch.position_embedding_grid)
+        width = branch.layer_widths[0]
         self.patch_embeddings = nn.Conv2d(
-            config.num_channels, branch.hidden_size, kernel_size=branch.patch_size, stride=branch.patch_size
+            config.num_channels, width, kernel_size=branch.patch_size, stride=branch.patch_size
         )
-        self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(self.position_grid), branch.hidden_size))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, branch.hidden_size)) if branch.use_cls_token else None
+        self.position_embeddings = None
+        if branch.position_embedding_type == "absolute":
+            self.position_grid = (branch.position_embedding_grid, branch.position_embedding_grid)
+            self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(self.position_grid), width))
+        self.norm = nn.LayerNorm(width, eps=branch.layer_norm_eps) if branch.embedding_norm else nn.Identity()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if branch.use_cls_token else None
 
     def interpolate_position_embeddings(self, grid_size: tuple[int, int]) -> torch.Tensor:
         """Position table on another grid: bicubic, in float32."""
@@ -227,11 +236,33 @@ class PiipEmbeddings(nn.Module):
         """Returns patch tokens `(batch_size, height * width, hidden_size)`, class token and `(height, width)`."""
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
         grid_size = (patches.shape[2], patches.shape[3])
-        hidden_states = patches.flatten(2).transpose(1, 2) + self.interpolate_position_embeddings(grid_size)
+        hidden_states = patches.flatten(2).transpose(1, 2)
+        if self.position_embeddings is not None:
+            hidden_states = hidden_states + self.interpolate_position_embeddings(grid_size)
+        hidden_states = self.norm(hidden_states)
         cls_token = None
         if self.cls_token is not None:
             cls_token = self.cls_token.expand(pixel_values.shape[0], -1, -1)
         return hidden_states, cls_token, grid_size
+
+
+class PiipRelativePositionBias(nn.Module):
+    """Learned attention bias per head and distance inside a window (BEiT, https://arxiv.org/abs/2106.08254)."""
+
+    def __init__(self, window_size: int, num_heads: int):
+        super().__init__()
+        self.window_size = window_size
+        self.table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+
+    def forward(self) -> torch.Tensor:
+        """Returns `(1, num_heads, window_size ** 2, window_size ** 2)`, queries before keys."""
+        position = torch.arange(self.window_size, device=self.table.device)
+        # distance from key to query along one axis, shifted to start at 0
+        distance = position[:, None] - position[None, :] + self.window_size - 1
+        # (query row, query column, key row, key column)
+        index = distance[:, None, :, None] * (2 * self.window_size - 1) + distance[None, :, None, :]
+        bias = self.table[index.flatten(2, 3).flatten(0, 1)]
+        return bias.permute(2, 0, 1).unsqueeze(0)
 
 
 class PiipAttention(nn.Module):
@@ -245,18 +276,29 @@ class PiipAttention(nn.Module):
         self.is_causal = False
         self.window_size = window_size
         self.window_padding = branch.window_padding
-        self.qkv = nn.Linear(branch.hidden_size, 3 * branch.hidden_size, bias=branch.qkv_bias)
+        self.qkv = nn.Linear(branch.hidden_size, 3 * branch.hidden_size, bias=branch.qkv_bias is True)
+        if branch.qkv_bias == "qv":
+            self.q_bias = nn.Parameter(torch.zeros(branch.hidden_size))
+            self.v_bias = nn.Parameter(torch.zeros(branch.hidden_size))
+        else:
+            self.q_bias = self.v_bias = None
         self.q_norm = build_norm(branch) if branch.qk_norm else nn.Identity()
         self.k_norm = build_norm(branch) if branch.qk_norm else nn.Identity()
+        self.relative_position_bias = None
+        if branch.position_embedding_type == "relative":
+            self.relative_position_bias = PiipRelativePositionBias(window_size, branch.num_attention_heads)
         self.projection = nn.Linear(branch.hidden_size, branch.hidden_size)
 
     def project(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """Queries, keys and values side by side, cut into windows if there are any."""
-        if self.window_size is None:
-            return self.qkv(hidden_states)
-        if self.window_padding == "tokens":
-            return self.qkv(window_partition(hidden_states, grid_size, self.window_size))
-        return window_partition(self.qkv(hidden_states), grid_size, self.window_size)
+        if self.window_size is not None and self.window_padding == "tokens":
+            hidden_states = window_partition(hidden_states, grid_size, self.window_size)
+        qkv = self.qkv(hidden_states)
+        if self.q_bias is not None:
+            qkv = qkv + torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        if self.window_size is not None and self.window_padding == "qkv":
+            qkv = window_partition(qkv, grid_size, self.window_size)
+        return qkv
 
     def forward(
         self, hidden_states: torch.Tensor, grid_size: tuple[int, int], **kwargs
@@ -267,10 +309,13 @@ class PiipAttention(nn.Module):
             states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for states in (self.q_norm(query), self.k_norm(key), value)
         )
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        context, attention_weights = attention_interface(self, query, key, value, None, scaling=self.scaling, **kwargs)
+        implementation, bias = self.config._attn_implementation, None
+        if self.relative_position_bias is not None:
+            bias = self.relative_position_bias().to(query.dtype)
+            # flash and flex kernels take no additive bias
+            implementation = "eager" if implementation == "eager" else "sdpa"
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        context, attention_weights = attention_interface(self, query, key, value, bias, scaling=self.scaling, **kwargs)
         context = context.flatten(2)
         if self.window_size is not None:
             context = window_unpartition(context, grid_size, self.window_size)
@@ -308,15 +353,52 @@ class PiipViTLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(self.layer_scale2(self.mlp(self.norm2(hidden_states))))
 
 
+class PiipConvNextLayer(GradientCheckpointingLayer):
+    """ConvNeXt block (https://arxiv.org/abs/2201.03545) on `(batch_size, channels, height, width)`."""
+
+    def __init__(self, branch: PiipBranchConfig, width: int, drop_path_rate: float):
+        super().__init__()
+        self.depthwise_conv = nn.Conv2d(width, width, kernel_size=7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, eps=branch.layer_norm_eps)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.activation = nn.GELU()
+        self.fc2 = nn.Linear(4 * width, width)
+        init_value = branch.layer_scale_init_value
+        self.layer_scale = nn.Identity() if init_value is None else PiipLayerScale(width, init_value)
+        self.drop_path = PiipDropPath(drop_path_rate)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.depthwise_conv(feature_map).permute(0, 2, 3, 1)
+        hidden_states = self.fc2(self.activation(self.fc1(self.norm(hidden_states))))
+        hidden_states = self.layer_scale(hidden_states).permute(0, 3, 1, 2)
+        return feature_map + self.drop_path(hidden_states)
+
+
+class PiipConvNextDownsample(GradientCheckpointingLayer):
+    """Halves the grid between the stages of a ConvNeXt."""
+
+    def __init__(self, branch: PiipBranchConfig, in_width: int, out_width: int):
+        super().__init__()
+        self.norm = PiipLayerNorm2d(in_width, eps=branch.layer_norm_eps)
+        self.conv = nn.Conv2d(in_width, out_width, kernel_size=2, stride=2)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.norm(feature_map))
+
+
 class PiipBranch(nn.Module):
     """One network of the pyramid, run stage by stage."""
 
     def __init__(self, config: PiipConfig, branch: PiipBranchConfig):
         super().__init__()
         self.embeddings = PiipEmbeddings(config, branch)
-        self.layers = nn.ModuleList([PiipViTLayer(config, branch, i) for i in range(branch.num_hidden_layers)])
+        self.layers = nn.ModuleList(self.build_layers(config, branch))
         ends = [sum(branch.stages[: stage + 1]) for stage in range(len(branch.stages))]
         self.stage_layers = [range(end - length, end) for end, length in zip(ends, branch.stages, strict=True)]
+
+    @staticmethod
+    def build_layers(config: PiipConfig, branch: PiipBranchConfig) -> list[nn.Module]:
+        raise NotImplementedError
 
     def forward(
         self,
@@ -325,15 +407,48 @@ class PiipBranch(nn.Module):
         grid_size: tuple[int, int],
         stage: int,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs the layers of a stage with the class token in front; returns patch tokens and class token."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[int, int]]:
+        """Runs the layers of a stage; returns patch tokens, class token and `(height, width)` of the grid."""
+        raise NotImplementedError
+
+
+class PiipViTBranch(PiipBranch):
+    """Vision Transformer; the class token stands in front of the patch tokens inside the stages."""
+
+    @staticmethod
+    def build_layers(config: PiipConfig, branch: PiipBranchConfig) -> list[nn.Module]:
+        return [PiipViTLayer(config, branch, index) for index in range(branch.num_hidden_layers)]
+
+    def forward(self, hidden_states, cls_token, grid_size, stage, **kwargs):
         if cls_token is not None:
             hidden_states = torch.cat((cls_token, hidden_states), dim=1)
         for index in self.stage_layers[stage]:
             hidden_states = self.layers[index](hidden_states, grid_size, **kwargs)
         if cls_token is not None:
             cls_token, hidden_states = hidden_states[:, :1], hidden_states[:, 1:]
-        return hidden_states, cls_token
+        return hidden_states, cls_token, grid_size
+
+
+class PiipConvNextBranch(PiipBranch):
+    """ConvNeXt as one list of layers; width and grid change at its downsampling layers."""
+
+    @staticmethod
+    def build_layers(config: PiipConfig, branch: PiipBranchConfig) -> list[nn.Module]:
+        layers, rates = [], iter(branch.drop_path_rates)
+        for k, (depth, width) in enumerate(zip(branch.depths, branch.hidden_sizes, strict=True)):
+            if k > 0:
+                layers.append(PiipConvNextDownsample(branch, branch.hidden_sizes[k - 1], width))
+            layers.extend(PiipConvNextLayer(branch, width, next(rates)) for _ in range(depth))
+        return layers
+
+    def forward(self, hidden_states, cls_token, grid_size, stage, **kwargs):
+        feature_map = tokens_to_map(hidden_states, grid_size)
+        for index in self.stage_layers[stage]:
+            feature_map = self.layers[index](feature_map)
+        return feature_map.flatten(2).transpose(1, 2), cls_token, (feature_map.shape[2], feature_map.shape[3])
+
+
+BRANCH_CLASSES = {"vit": PiipViTBranch, "convnext": PiipConvNextBranch}
 
 
 class PiipCrossAttention(nn.Module):
@@ -437,9 +552,8 @@ class PiipInteractionUnit(GradientCheckpointingLayer):
     `coarse` the one with the larger network. Both directions start from the incoming tokens.
     """
 
-    def __init__(self, config: PiipConfig, fine: PiipBranchConfig, coarse: PiipBranchConfig):
+    def __init__(self, config: PiipConfig, fine_size: int, coarse_size: int):
         super().__init__()
-        fine_size, coarse_size = fine.hidden_size, coarse.hidden_size
         if config.interaction_projection:
             self.fine_to_coarse_projection = nn.Linear(fine_size, coarse_size)
             self.coarse_to_fine_projection = nn.Linear(coarse_size, fine_size)
@@ -469,9 +583,10 @@ class PiipInteractionUnit(GradientCheckpointingLayer):
 class PiipInteraction(nn.Module):
     """Interaction units of a stage, one after the other from the highest-resolution pair to the lowest."""
 
-    def __init__(self, config: PiipConfig):
+    def __init__(self, config: PiipConfig, stage: int):
         super().__init__()
-        pairs = zip(config.branches[:-1], config.branches[1:], strict=True)
+        sizes = [branch.stage_widths[stage] for branch in config.branches]
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
         self.units = nn.ModuleList([PiipInteractionUnit(config, fine, coarse) for fine, coarse in pairs])
 
     def forward(self, branch_tokens: list[torch.Tensor], grid_sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
@@ -483,33 +598,36 @@ class PiipInteraction(nn.Module):
         return branch_tokens
 
 
-class PiipMergeBranch(nn.Module):
-    """Brings the map of one branch to the width of the merged map, with one learned weight for the whole branch."""
+def build_merge_layers(
+    merge_type: str, in_size: int, out_size: int, num_groups: int, is_last: bool
+) -> list[nn.Module]:
+    """What brings the map of one branch to the width of the last branch, which itself needs less."""
+    if merge_type == "conv":
+        return [*build_merge_conv(in_size, out_size, num_groups), *build_merge_conv(out_size, out_size, num_groups)]
+    if merge_type == "single_conv":
+        layers = build_merge_conv(in_size, out_size, num_groups)
+        return layers[1:] if is_last else layers
+    if is_last:
+        return [nn.GroupNorm(num_groups, out_size)]
+    return [nn.GroupNorm(num_groups, in_size), PiipLinear2d(in_size, out_size), nn.GroupNorm(num_groups, out_size)]
 
-    def __init__(self, config: PiipConfig, branch: PiipBranchConfig):
+
+def build_merge_conv(in_size: int, out_size: int, num_groups: int) -> list[nn.Module]:
+    conv = nn.Conv2d(in_size, out_size, kernel_size=3, padding=1, bias=False)
+    return [conv, nn.GroupNorm(num_groups, out_size), nn.ReLU()]
+
+
+class PiipMergeBranch(nn.Module):
+    """Brings the map of one branch to the merged map, with one learned weight for the whole branch."""
+
+    def __init__(self, config: PiipConfig, stage: int, index: int):
         super().__init__()
-        if config.merge_type == "conv":
-            layers = self.build_conv_layers(branch.hidden_size, config.hidden_size, config.num_groups)
-        elif branch is config.branches[-1]:
-            layers = [nn.GroupNorm(config.num_groups, config.hidden_size)]
-        else:
-            layers = self.build_linear_layers(branch.hidden_size, config.hidden_size, config.num_groups)
+        sizes = [branch.stage_widths[stage] for branch in config.branches]
+        is_last = index == len(sizes) - 1
+        layers = build_merge_layers(config.merge_type, sizes[index], sizes[-1], config.num_groups, is_last)
         self.layers = nn.Sequential(*layers)
         # of shape (1,): sharded training cannot split a parameter without dimensions
         self.scale = nn.Parameter(torch.ones(1))
-
-    @staticmethod
-    def build_conv_layers(in_size: int, out_size: int, num_groups: int) -> list[nn.Module]:
-        layers = []
-        for size in (in_size, out_size):
-            layers.append(nn.Conv2d(size, out_size, kernel_size=3, padding=1, bias=False))
-            layers.append(nn.GroupNorm(num_groups, out_size))
-            layers.append(nn.ReLU())
-        return layers
-
-    @staticmethod
-    def build_linear_layers(in_size: int, out_size: int, num_groups: int) -> list[nn.Module]:
-        return [nn.GroupNorm(num_groups, in_size), PiipLinear2d(in_size, out_size), nn.GroupNorm(num_groups, out_size)]
 
     def forward(self, feature_map: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         return self.scale * resize_map(self.layers(feature_map), grid_size)
@@ -521,11 +639,12 @@ class PiipMerge(nn.Module):
     the projected branches, or without parameters their concatenation.
     """
 
-    def __init__(self, config: PiipConfig):
+    def __init__(self, config: PiipConfig, stage: int):
         super().__init__()
         self.branches = None
         if config.merge_type != "concat":
-            self.branches = nn.ModuleList([PiipMergeBranch(config, branch) for branch in config.branches])
+            num_branches = len(config.branches)
+            self.branches = nn.ModuleList([PiipMergeBranch(config, stage, index) for index in range(num_branches)])
 
     def forward(self, branch_tokens: list[torch.Tensor], grid_sizes: list[tuple[int, int]]) -> torch.Tensor:
         maps = [tokens_to_map(tokens, grid) for tokens, grid in zip(branch_tokens, grid_sizes, strict=True)]
@@ -544,27 +663,44 @@ class PiipDownsample(nn.Module):
 
 class PiipFeaturePyramid(nn.Module):
     """
-    Maps of several strides out of the merged map (simple feature pyramid, https://arxiv.org/abs/2203.16527): "p2" four
-    and "p3" two times as fine, "p4" the map itself, "p5" half as fine. Only the levels of `config.out_features` exist.
+    Maps of strides 4, 8, 16 and 32 out of the merged maps, for a patch size of 16: "p2" four and "p3" two times as
+    fine as its merged map, "p4" the map itself, "p5" half as fine. All levels come from the last merged map (simple
+    feature pyramid, https://arxiv.org/abs/2203.16527), or each from its own (regular pyramid). On the grid of a
+    ConvNeXt the merged maps have these strides already. Only the levels of `config.out_features` exist.
     """
 
     def __init__(self, config: PiipConfig):
         super().__init__()
-        builders = {
-            "p2": self.build_p2,
-            "p3": lambda config: nn.ConvTranspose2d(config.hidden_size, config.hidden_size, kernel_size=2, stride=2),
-            "p4": lambda config: nn.Identity(),
-            "p5": lambda config: PiipDownsample(),
-        }
-        self.levels = nn.ModuleDict({level: builders[level](config) for level in config.out_features})
+        is_convnext = config.branches[0].architecture == "convnext"
+        if is_convnext and config.merge_stages is None:
+            raise ValueError(
+                "The feature pyramid of a PIIP network with a ConvNeXt as its first branch needs `merge_stages`: the "
+                "three stages that end with strides 4, 8 and 16."
+            )
+        # index of the merged map of every level
+        self.sources = [k if config.merge_stages else 0 for k in config.out_indices]
+        self.levels = nn.ModuleDict()
+        for level, source in zip(config.out_features, self.sources, strict=True):
+            size = config.merged_sizes[source]
+            self.levels[level] = nn.Identity() if is_convnext else self.build_level(config, level, size)
 
     @staticmethod
-    def build_p2(config: PiipConfig) -> nn.Module:
-        size = config.hidden_size
+    def build_level(config: PiipConfig, level: str, size: int) -> nn.Module:
+        if level == "p5":
+            return PiipDownsample()
+        if level == "p4":
+            return nn.Identity()
+        if level == "p3":
+            return nn.ConvTranspose2d(size, size, kernel_size=2, stride=2)
         if config.pyramid_norm == "layer":
             norm = PiipLayerNorm2d(size, eps=config.layer_norm_eps)
-        else:
+        elif size % config.num_groups == 0:
             norm = nn.GroupNorm(config.num_groups, size)
+        else:
+            raise ValueError(
+                f'`num_groups` ({config.num_groups}) must divide the width {size} of the merged map that level "p2" '
+                'is made of. Change it, set `pyramid_norm="layer"`, or choose other `out_features`.'
+            )
         return nn.Sequential(
             nn.ConvTranspose2d(size, size, kernel_size=2, stride=2),
             norm,
@@ -572,8 +708,8 @@ class PiipFeaturePyramid(nn.Module):
             nn.ConvTranspose2d(size, size, kernel_size=2, stride=2),
         )
 
-    def forward(self, feature_map: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(level(feature_map) for level in self.levels.values())
+    def forward(self, merged_maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(level(merged_maps[k]) for level, k in zip(self.levels.values(), self.sources, strict=True))
 
 
 class PiipPreTrainedModel(PreTrainedModel):
@@ -587,7 +723,15 @@ class PiipPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # the losses are means over the batch: Trainer must divide them by the gradient accumulation steps itself
     accepts_loss_kwargs = False
-    _no_split_modules = ["PiipEmbeddings", "PiipViTLayer", "PiipInteractionUnit", "PiipMerge", "PiipFeaturePyramid"]
+    _no_split_modules = [
+        "PiipEmbeddings",
+        "PiipViTLayer",
+        "PiipConvNextLayer",
+        "PiipConvNextDownsample",
+        "PiipInteractionUnit",
+        "PiipMerge",
+        "PiipFeaturePyramid",
+    ]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -596,7 +740,7 @@ class PiipPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"attentions": PiipAttention}
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module):  # noqa: C901 - one case per kind of module
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
@@ -606,9 +750,15 @@ class PiipPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         elif isinstance(module, PiipEmbeddings):
             init.trunc_normal_(module.patch_embeddings.weight, std=std)
-            init.trunc_normal_(module.position_embeddings, std=std)
+            if module.position_embeddings is not None:
+                init.trunc_normal_(module.position_embeddings, std=std)
             if module.cls_token is not None:
                 init.trunc_normal_(module.cls_token, std=std)
+        elif isinstance(module, PiipAttention) and module.q_bias is not None:
+            init.zeros_(module.q_bias)
+            init.zeros_(module.v_bias)
+        elif isinstance(module, PiipRelativePositionBias):
+            init.zeros_(module.table)
         elif isinstance(module, PiipLayerScale):
             init.constant_(module.weight, module.init_value)
         elif isinstance(module, PiipDeformableAttention):
@@ -625,6 +775,41 @@ class PiipPreTrainedModel(PreTrainedModel):
         elif isinstance(module, PiipMergeBranch):
             init.ones_(module.scale)
 
+    @classmethod
+    def from_pretrained_branches(
+        cls, config: PiipConfig, sources: list[str | os.PathLike | None]
+    ) -> "PiipPreTrainedModel":
+        r"""
+        A model whose branches start from pretrained single Vision Transformers; everything else is new. Position
+        tables and patch kernels are resized bicubically. A warning tells what was used and what was left new.
+
+        Args:
+            config ([`PiipConfig`]):
+                Architecture. A branch must have the width, depth, heads and MLP of its source. Where the source has
+                no layer scale, `layer_scale_init_value=1.0` (or `None`) makes the branch begin as the source.
+            sources (`list[str | os.PathLike | None]`):
+                One per branch, in the order of `config.branches`: the timm name of a plain ViT, a folder or Hub id of
+                a Transformers ViT, DeiT, ViTMAE, Dinov2 or Dinov2WithRegisters, a local `.safetensors`, `.pth`, `.pt`
+                or `.bin` file, or `None` to leave the branch at its initialization.
+
+        Raises:
+            ValueError: If a source is unknown or does not fit its branch; the message names weights and remedy.
+
+        Example:
+
+        ```python
+        >>> from modeling_piip import PiipConfig, PiipForImageClassification
+
+        >>> sources = [f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")]
+        >>> model = PiipForImageClassification.from_pretrained_branches(PiipConfig(num_labels=10), sources)
+        ```
+        """
+        from .branch_weights import load_branches
+
+        model = cls(config)
+        load_branches(model, sources)
+        return model
+
 
 class PiipModel(PiipPreTrainedModel):
     r"""
@@ -638,10 +823,12 @@ class PiipModel(PiipPreTrainedModel):
     def __init__(self, config: PiipConfig):
         super().__init__(config)
         self.image_pyramid = PiipImagePyramid(config)
-        self.branches = nn.ModuleList([PiipBranch(config, branch) for branch in config.branches])
+        self.branches = nn.ModuleList(
+            [BRANCH_CLASSES[branch.architecture](config, branch) for branch in config.branches]
+        )
         num_interactions = config.num_stages if len(config.branches) > 1 else 0
-        self.interactions = nn.ModuleList([PiipInteraction(config) for _ in range(num_interactions)])
-        self.merge = PiipMerge(config)
+        self.interactions = nn.ModuleList([PiipInteraction(config, stage) for stage in range(num_interactions)])
+        self.merges = nn.ModuleList([PiipMerge(config, stage) for stage in config.all_merge_stages])
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -649,13 +836,16 @@ class PiipModel(PiipPreTrainedModel):
 
     @capture_outputs
     def forward(
-        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> PiipModelOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
                 Normalized images at the resolution of the first branch. Any size works that leaves at least one
-                patch to every branch.
+                token to every branch.
             output_hidden_states (`bool`, *optional*):
                 Whether to return the tokens of every branch after every interaction. Defaults to the config.
 
@@ -674,21 +864,23 @@ class PiipModel(PiipPreTrainedModel):
             grid_sizes.append(grid_size)
         all_hidden_states = list(branch_tokens)
 
+        merged_maps = []
         for stage in range(self.config.num_stages):
             for k, branch in enumerate(self.branches):
-                branch_tokens[k], cls_tokens[k] = branch(
+                branch_tokens[k], cls_tokens[k], grid_sizes[k] = branch(
                     branch_tokens[k], cls_tokens[k], grid_sizes[k], stage, **kwargs
                 )
             if len(self.interactions) > 0:
                 branch_tokens = self.interactions[stage](branch_tokens, grid_sizes)
             all_hidden_states.extend(branch_tokens)
+            if stage in self.config.all_merge_stages:
+                merged_maps.append(self.merges[len(merged_maps)](branch_tokens, grid_sizes))
 
-        merged_map = self.merge(branch_tokens, grid_sizes)
-        last_hidden_state = merged_map.flatten(2).transpose(1, 2)
+        last_hidden_state = merged_maps[-1].flatten(2).transpose(1, 2)
         return PiipModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=last_hidden_state.mean(dim=1),
-            merged_feature_maps=(merged_map,),
+            merged_feature_maps=tuple(merged_maps),
             branch_hidden_states=tuple(branch_tokens),
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
         )
@@ -709,7 +901,7 @@ class PiipModel(PiipPreTrainedModel):
         minimum = self.image_pyramid.minimum_size
         if min(shape[2:]) < minimum:
             raise ValueError(
-                f"Images of {shape[2]}x{shape[3]} pixels are too small: a branch would get less than one patch. "
+                f"Images of {shape[2]}x{shape[3]} pixels are too small: a branch would get less than one token. "
                 f"Height and width must be at least {minimum}."
             )
 
@@ -728,14 +920,15 @@ class PiipBackbone(BackboneMixin, PiipPreTrainedModel):
         super().__init__(config)
         self.piip = PiipModel(config)
         self.feature_pyramid = PiipFeaturePyramid(config)
-        self.num_features = [config.hidden_size] * len(self.stage_names)
+        sizes = config.merged_sizes
+        self.num_features = sizes if config.merge_stages else sizes * len(self.stage_names)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.piip.get_input_embeddings()
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
@@ -747,7 +940,7 @@ class PiipBackbone(BackboneMixin, PiipPreTrainedModel):
         """
         outputs = self.piip(pixel_values, **kwargs)
         return BackboneOutput(
-            feature_maps=self.feature_pyramid(outputs.merged_feature_maps[-1]),
+            feature_maps=self.feature_pyramid(outputs.merged_feature_maps),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -794,7 +987,10 @@ class PiipForImageClassification(PiipPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         r"""
         Args:
