@@ -49,10 +49,10 @@ setup(
     python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
-    # The variants live in configuration/ at the top of the repository and travel inside the package.
-    packages=["modeling_piip", "modeling_piip.configuration"],
-    package_dir={"modeling_piip.configuration": "configuration"},
-    package_data={"modeling_piip.configuration": ["*/*.json"]},
+    # The variants and their model cards live at the top of the repository and travel inside the package.
+    packages=["modeling_piip", "modeling_piip.configuration", "modeling_piip.hub_cards"],
+    package_dir={"modeling_piip.configuration": "configuration", "modeling_piip.hub_cards": "hub_cards"},
+    package_data={"modeling_piip.configuration": ["*/*.json"], "modeling_piip.hub_cards": ["*.md"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
