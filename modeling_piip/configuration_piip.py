@@ -2,7 +2,7 @@
 """Configuration of Parameter-Inverted Image Pyramid Networks (https://arxiv.org/abs/2406.04330)."""
 
 import difflib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,11 @@ AUTO_MAP = {
     "AutoModel": "modeling_piip.PiipModel",
     "AutoBackbone": "modeling_piip.PiipBackbone",
     "AutoModelForImageClassification": "modeling_piip.PiipForImageClassification",
+    "AutoModelForSemanticSegmentation": "modeling_piip_semantic_segmentation.PiipForSemanticSegmentation",
+    # pipelines of instance masks look for the former
+    "AutoModelForImageSegmentation": "modeling_piip_instance_segmentation.PiipForInstanceSegmentation",
+    "AutoModelForInstanceSegmentation": "modeling_piip_instance_segmentation.PiipForInstanceSegmentation",
+    "AutoModelForObjectDetection": "modeling_piip_object_detection.PiipForObjectDetection",
 }
 
 
@@ -280,6 +285,254 @@ class PiipBranchConfig:
         return self.patch_size * 2 ** (len(self.depths) - 1) if self.architecture == "convnext" else self.patch_size
 
 
+def _require_positive(config, *names: str):
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            min(value if isinstance(value, list) else [value], default=0) > 0,
+            f"`{name}` of `{type(config).__name__}` must be positive, got {value}.",
+        )
+
+
+def _require_fraction(config, *names: str):
+    for name in names:
+        value = getattr(config, name)
+        _require(0 <= value <= 1, f"`{name}` of `{type(config).__name__}` must be between 0 and 1, got {value}.")
+
+
+@strict
+@dataclass(kw_only=True)
+class PiipUperNetConfig:
+    r"""
+    The UperNet head of [`PiipForSemanticSegmentation`] and how it looks at images larger than its training crops.
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 512):
+            Channels of the decode head; the published models have 1536.
+        pool_scales (`list[int]`, *optional*, defaults to `[1, 2, 3, 6]`):
+            Sides of the grids that pyramid pooling averages the coarsest map to.
+        use_auxiliary_head (`bool`, *optional*, defaults to `True`):
+            Whether a second, small head on level `"p4"` adds to the loss in training.
+        auxiliary_hidden_size (`int`, *optional*, defaults to 256):
+            Channels of the auxiliary head; the published models have 1536.
+        auxiliary_loss_weight (`float`, *optional*, defaults to 0.4):
+            Weight of the loss of the auxiliary head.
+        dropout (`float`, *optional*, defaults to 0.1):
+            Probability of dropping a channel in front of the classifier of either head in training.
+        loss_ignore_index (`int`, *optional*, defaults to 255):
+            Label of pixels that do not count.
+        inference_mode (`str`, *optional*, defaults to `"whole"`):
+            `"whole"`: one look at the whole image; `"slide"`: overlapping windows whose logits are averaged.
+        crop_size (`int`, *optional*, defaults to 512):
+            Side of a sliding window, in pixels.
+        stride (`int`, *optional*, defaults to 341):
+            Step between sliding windows, in pixels; at most `crop_size`.
+        windows_per_forward (`int`, *optional*, defaults to 8):
+            How many windows, of all images of a batch, go through the network at once. It bounds the memory and does
+            not change the result.
+    """
+
+    hidden_size: int = 512
+    pool_scales: list[int] = field(default_factory=lambda: [1, 2, 3, 6])
+    use_auxiliary_head: bool = True
+    auxiliary_hidden_size: int = 256
+    auxiliary_loss_weight: float | int = 0.4
+    dropout: float | int = 0.1
+    loss_ignore_index: int = 255
+    inference_mode: Literal["whole", "slide"] = "whole"
+    crop_size: int = 512
+    stride: int = 341
+    windows_per_forward: int = 8
+
+    def __post_init__(self):
+        _require_positive(self, "hidden_size", "pool_scales", "auxiliary_hidden_size")
+        _require_positive(self, "crop_size", "stride", "windows_per_forward")
+        _require_fraction(self, "dropout")
+        _require(
+            self.stride <= self.crop_size,
+            f"`stride` ({self.stride}) of `PiipUperNetConfig` is larger than its `crop_size` ({self.crop_size}): "
+            "sliding windows would leave gaps.",
+        )
+
+
+@strict
+@dataclass(kw_only=True)
+class PiipDinoConfig:
+    r"""
+    The DINO head of [`PiipForObjectDetection`]; the defaults are those of the published models.
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 256):
+            Width of the transformer; must be divisible by 4 (the position embedding has a sine and a cosine per
+            axis) and by `num_attention_heads`.
+        num_queries (`int`, *optional*, defaults to 900):
+            Queries of the decoder, chosen among the cells of all levels.
+        encoder_layers (`int`, *optional*, defaults to 6):
+            Layers of the encoder.
+        decoder_layers (`int`, *optional*, defaults to 6):
+            Layers of the decoder.
+        num_attention_heads (`int`, *optional*, defaults to 8):
+            Heads of all attentions.
+        num_points (`int`, *optional*, defaults to 4):
+            Points each head of a deformable attention samples per query and level.
+        intermediate_size (`int`, *optional*, defaults to 2048):
+            Width of the feed-forward networks.
+        position_temperature (`float`, *optional*, defaults to 20):
+            Temperature of the sine position embedding of the maps.
+        num_denoising_queries (`int`, *optional*, defaults to 100):
+            About how many noised ground-truth boxes of either kind an image gets in training; 0 for none.
+        label_noise_ratio (`float`, *optional*, defaults to 0.5):
+            Half of it is the share of denoising queries whose class is drawn anew.
+        box_noise_scale (`float`, *optional*, defaults to 1.0):
+            Largest shift of the corners of denoising boxes, relative to half the box.
+        class_cost, bbox_cost, giou_cost (`float`, *optional*, defaults to 2, 5 and 2):
+            Costs of classification (focal), box distance (L1) and overlap (GIoU) in the matching of predictions and
+            objects.
+        class_loss_coefficient, bbox_loss_coefficient, giou_loss_coefficient (`float`, *optional*):
+            Weights of the same in the loss, by default 1, 5 and 2.
+        focal_alpha (`float`, *optional*, defaults to 0.25):
+            Weight of positive examples in the focal loss.
+        focal_gamma (`float`, *optional*, defaults to 2):
+            Exponent of the focal loss.
+    """
+
+    hidden_size: int = 256
+    num_queries: int = 900
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    num_attention_heads: int = 8
+    num_points: int = 4
+    intermediate_size: int = 2048
+    position_temperature: float | int = 20
+    num_denoising_queries: int = 100
+    label_noise_ratio: float | int = 0.5
+    box_noise_scale: float | int = 1.0
+    class_cost: float | int = 2
+    bbox_cost: float | int = 5
+    giou_cost: float | int = 2
+    class_loss_coefficient: float | int = 1
+    bbox_loss_coefficient: float | int = 5
+    giou_loss_coefficient: float | int = 2
+    focal_alpha: float | int = 0.25
+    focal_gamma: float | int = 2
+
+    def __post_init__(self):
+        _require_positive(self, "hidden_size", "num_queries", "encoder_layers", "decoder_layers")
+        _require_positive(self, "num_attention_heads", "num_points", "intermediate_size", "position_temperature")
+        _require_fraction(self, "label_noise_ratio", "focal_alpha")
+        for name in ("num_denoising_queries", "box_noise_scale"):
+            _require(
+                getattr(self, name) >= 0,
+                f"`{name}` of `PiipDinoConfig` must not be negative, got {getattr(self, name)}.",
+            )
+        _require(
+            self.hidden_size % 4 == 0 and self.hidden_size % self.num_attention_heads == 0,
+            f"`hidden_size` ({self.hidden_size}) of `PiipDinoConfig` must be divisible by 4 and by its "
+            f"`num_attention_heads` ({self.num_attention_heads}).",
+        )
+
+
+@strict
+@dataclass(kw_only=True)
+class PiipMaskRCNNConfig:
+    r"""
+    The Mask R-CNN head of [`PiipForInstanceSegmentation`]; the defaults are those of the published models.
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 256):
+            Channels of the feature pyramid of the detector, of its region proposal network and of its mask head.
+        anchor_scale (`float`, *optional*, defaults to 8):
+            Side of the square anchor of a level relative to its stride.
+        anchor_ratios (`list[float]`, *optional*, defaults to `[0.5, 1.0, 2.0]`):
+            Height over width of the anchors of a cell.
+        rpn_fg_iou_thresh (`float`, *optional*, defaults to 0.7):
+            Anchors that overlap an object by this much are positive.
+        rpn_bg_iou_thresh (`float`, *optional*, defaults to 0.3):
+            Anchors that overlap all objects by less are negative. An object's best anchors are positive from here on.
+        rpn_batch_size_per_image (`int`, *optional*, defaults to 256):
+            Anchors per image that are sampled for the loss.
+        rpn_positive_fraction (`float`, *optional*, defaults to 0.5):
+            Largest share of positive ones among them.
+        rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test (`int`, *optional*, defaults to 2000 and 1000):
+            Proposals per level that enter non-maximum suppression, in training and in inference.
+        rpn_post_nms_top_n_train, rpn_post_nms_top_n_test (`int`, *optional*, defaults to 1000 and 1000):
+            Proposals per image, of all levels together, that leave it.
+        rpn_nms_thresh (`float`, *optional*, defaults to 0.7):
+            Proposals of a level that overlap a better one by more are suppressed.
+        box_pool_size (`int`, *optional*, defaults to 7):
+            Side of the grid of features that is pooled from a proposal.
+        box_hidden_size (`int`, *optional*, defaults to 1024):
+            Width of the two layers of the box head.
+        box_coder_stds (`list[float]`, *optional*, defaults to `[0.1, 0.1, 0.2, 0.2]`):
+            Scales of the predicted shifts of centre and logarithmic size in the box head.
+        box_fg_iou_thresh, box_bg_iou_thresh (`float`, *optional*, defaults to 0.5 and 0.5):
+            As for the region proposal network, for the proposals that the box head learns from.
+        box_batch_size_per_image (`int`, *optional*, defaults to 512):
+            Proposals per image that are sampled for the losses of box and mask head.
+        box_positive_fraction (`float`, *optional*, defaults to 0.25):
+            Largest share of positive ones among them.
+        box_score_thresh (`float`, *optional*, defaults to 0.05):
+            Detections need a higher score.
+        box_nms_thresh (`float`, *optional*, defaults to 0.5):
+            Detections of a class that overlap a better one by more are suppressed.
+        max_detections (`int`, *optional*, defaults to 100):
+            Detections per image.
+        with_masks (`bool`, *optional*, defaults to `True`):
+            Whether there is a mask head; without it the model detects boxes only.
+        mask_pool_size (`int`, *optional*, defaults to 14):
+            Side of the grid of features that is pooled from a detection; its mask has twice as many pixels a side.
+        mask_num_convs (`int`, *optional*, defaults to 4):
+            Convolutions of the mask head in front of its upsampling.
+    """
+
+    hidden_size: int = 256
+    anchor_scale: float | int = 8
+    anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    rpn_fg_iou_thresh: float | int = 0.7
+    rpn_bg_iou_thresh: float | int = 0.3
+    rpn_batch_size_per_image: int = 256
+    rpn_positive_fraction: float | int = 0.5
+    rpn_pre_nms_top_n_train: int = 2000
+    rpn_pre_nms_top_n_test: int = 1000
+    rpn_post_nms_top_n_train: int = 1000
+    rpn_post_nms_top_n_test: int = 1000
+    rpn_nms_thresh: float | int = 0.7
+    box_pool_size: int = 7
+    box_hidden_size: int = 1024
+    box_coder_stds: list[float] = field(default_factory=lambda: [0.1, 0.1, 0.2, 0.2])
+    box_fg_iou_thresh: float | int = 0.5
+    box_bg_iou_thresh: float | int = 0.5
+    box_batch_size_per_image: int = 512
+    box_positive_fraction: float | int = 0.25
+    box_score_thresh: float | int = 0.05
+    box_nms_thresh: float | int = 0.5
+    max_detections: int = 100
+    with_masks: bool = True
+    mask_pool_size: int = 14
+    mask_num_convs: int = 4
+
+    def __post_init__(self):
+        fractions = [item.name for item in fields(self) if item.name.endswith(("_thresh", "_fraction"))]
+        others = {item.name for item in fields(self)} - {*fractions, "with_masks"}
+        _require_fraction(self, *fractions)
+        _require_positive(self, *sorted(others))
+        _require(
+            len(self.box_coder_stds) == 4,
+            "`box_coder_stds` of `PiipMaskRCNNConfig` needs 4 numbers (x, y, width, height), got "
+            f"{self.box_coder_stds}.",
+        )
+        for part in ("rpn", "box"):
+            low, high = getattr(self, f"{part}_bg_iou_thresh"), getattr(self, f"{part}_fg_iou_thresh")
+            _require(
+                low <= high,
+                f"`{part}_bg_iou_thresh` ({low}) of `PiipMaskRCNNConfig` is above `{part}_fg_iou_thresh` ({high}): "
+                "a box could be both background and object.",
+            )
+
+
+HEAD_CONFIGS = {"uper_net": PiipUperNetConfig, "dino": PiipDinoConfig, "mask_rcnn": PiipMaskRCNNConfig}
+
+
 def _default_branches() -> list[PiipBranchConfig]:
     """The branches of PIIP-TSB 368/192/128: Tiny, Small and Base DeiT."""
     shared = {"layer_scale_init_value": 1.0, "use_cls_token": True}
@@ -347,6 +600,12 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
             for a patch size of 16. Defaults to all. Modules of other levels are not built.
         out_indices (`list[int]`, *optional*):
             The same as indices into `["p2", "p3", "p4", "p5"]`.
+        uper_net ([`PiipUperNetConfig`] or `dict`, *optional*):
+            The head of [`PiipForSemanticSegmentation`].
+        dino ([`PiipDinoConfig`] or `dict`, *optional*):
+            The head of [`PiipForObjectDetection`].
+        mask_rcnn ([`PiipMaskRCNNConfig`] or `dict`, *optional*):
+            The head of [`PiipForInstanceSegmentation`].
 
     Raises:
         ValueError: If the numbers cannot work together; the message names field, value and remedy.
@@ -367,6 +626,17 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "piip"
+    # so that Trainer gathers only predictions while it evaluates
+    keys_to_ignore_at_inference = [
+        "loss_dict",
+        "auxiliary_outputs",
+        "encoder_logits",
+        "encoder_pred_boxes",
+        "last_hidden_state",
+        "encoder_last_hidden_state",
+        "hidden_states",
+        "attentions",
+    ]
 
     branches: list[PiipBranchConfig | dict] | None = None
     num_channels: int = 3
@@ -385,12 +655,18 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
     classification_head: Literal["branches", "merged"] | None = None
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    uper_net: PiipUperNetConfig | dict | None = None
+    dino: PiipDinoConfig | dict | None = None
+    mask_rcnn: PiipMaskRCNNConfig | dict | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         branches = _default_branches() if self.branches is None else self.branches
         self.branches = [PiipBranchConfig(**b) if isinstance(b, dict) else b for b in branches]
+        for name, head_config in HEAD_CONFIGS.items():
+            if isinstance(options := getattr(self, name), dict):
+                setattr(self, name, head_config(**options))
         if self.classification_head is None:
             self.classification_head = "branches" if self.merge_type == "concat" else "merged"
         self.stage_names = list(PYRAMID_LEVELS)
@@ -401,6 +677,9 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
         kwargs.pop("stage_names", None)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
+        if self.architectures == ["PiipForSemanticSegmentation"]:
+            # the pipeline tries this class first, whatever the kind of segmentation
+            self.auto_map["AutoModelForImageSegmentation"] = self.auto_map["AutoModelForSemanticSegmentation"]
         self._check_branches()
         self._check_interactions()
         self._check_merge()
@@ -444,8 +723,8 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
             )
             _require(
                 self.interaction_ffn_ratio == 0 or int(hidden_size * self.interaction_ffn_ratio) > 0,
-                f"`interaction_ffn_ratio` ({self.interaction_ffn_ratio}) leaves no channel to the feed-forward network "
-                f"of the branch with `hidden_size` {hidden_size}: raise it, or set it to 0 to build none.",
+                f"`interaction_ffn_ratio` ({self.interaction_ffn_ratio}) leaves no channel to the feed-forward "
+                f"network of the branch with `hidden_size` {hidden_size}: raise it, or set it to 0 to build none.",
             )
 
     def _check_merge(self):
@@ -514,6 +793,19 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
         return [sum(branch.stage_widths[stage] for branch in merged) for stage in self.all_merge_stages]
 
     @property
+    def level_sizes(self) -> list[int]:
+        """Width of every level of the feature pyramid that `out_features` asks for."""
+        sizes = self.merged_sizes if self.merge_stages else self.merged_sizes * len(PYRAMID_LEVELS)
+        return [sizes[index] for index in self.out_indices]
+
+    @property
+    def level_strides(self) -> list[float]:
+        """Pixels per cell side of every level of the feature pyramid that `out_features` asks for."""
+        first = self.branches[0]
+        finest = first.patch_size if first.architecture == "convnext" else first.patch_size / 4
+        return [finest * 2 ** PYRAMID_LEVELS.index(level) for level in self.out_features]
+
+    @property
     def image_size(self) -> int:
         """Nominal side of the input image: that of the highest-resolution branch."""
         return self.branches[0].image_size
@@ -531,9 +823,12 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
     def to_dict(self) -> dict:
         output = super().to_dict()
         output["branches"] = [asdict(branch) for branch in self.branches]
+        for name in HEAD_CONFIGS:
+            head = getattr(self, name)
+            output[name] = head and asdict(head)
         return output
 
 
 PiipConfig.register_for_auto_class()
 
-__all__ = ["PiipBranchConfig", "PiipConfig"]
+__all__ = ["PiipBranchConfig", "PiipConfig", "PiipDinoConfig", "PiipMaskRCNNConfig", "PiipUperNetConfig"]

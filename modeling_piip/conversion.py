@@ -10,18 +10,25 @@ import argparse
 import re
 import zipfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
+from transformers import AutoImageProcessor
 from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
 
 from .configuration_piip import PiipBranchConfig, PiipConfig, find_variant
 from .files import check_output_dir, new_folder
 from .image_processing_piip import PiipImageProcessor
+from .image_processing_piip_instance_segmentation import PiipInstanceSegmentationImageProcessor
+from .model_cards import read_variant_card, render_generic_card
 from .modeling_piip import PiipBackbone, PiipForImageClassification, PiipPreTrainedModel
+from .modeling_piip_instance_segmentation import PiipForInstanceSegmentation
+from .modeling_piip_object_detection import PiipForObjectDetection
+from .modeling_piip_semantic_segmentation import PiipForSemanticSegmentation
 
 
 logger = logging.get_logger(__name__)
@@ -111,7 +118,112 @@ INJECTOR_RENAMES = (
     (r"^attn\.", "attention."),
     (r"^ffn\.dwconv\.dwconv\.", "ffn.depthwise_conv."),
 )
-MODEL_CLASSES = {model_class.__name__: model_class for model_class in (PiipBackbone, PiipForImageClassification)}
+UPER_NET_RENAMES = (
+    (r"\.psp_modules\.(\d+)\.1\.", r".pool_convs.\1."),
+    (r"\.bottleneck\.", ".top_conv."),
+    (r"\.fpn_bottleneck\.", ".fusion_conv."),
+    (r"\.convs\.0\.", ".conv."),
+    (r"\.bn\.", ".norm."),
+    (r"\.conv_seg\.", ".classifier."),
+)
+MASK_RCNN_RENAMES = (
+    (r"\.lateral_convs\.(\d)\.conv\.", r".inner_blocks.\1.0."),
+    (r"\.fpn_convs\.(\d)\.conv\.", r".layer_blocks.\1.0."),
+    (r"\.rpn_conv\.", ".conv."),
+    (r"\.rpn_cls\.", ".objectness."),
+    (r"\.rpn_reg\.", ".deltas."),
+    (r"\.bbox_head\.", ".box_head."),
+    (r"\.shared_fcs\.0\.", ".fc1."),
+    (r"\.shared_fcs\.1\.", ".fc2."),
+    (r"\.fc_cls\.", ".classifier."),
+    (r"\.fc_reg\.", ".deltas."),
+    (r"\.convs\.(\d)\.conv\.", r".convs.\1."),
+    (r"\.conv_logits\.", ".classifier."),
+)
+DINO_RENAMES = (
+    (r"^neck\.convs\.(\d)\.conv\.", r"neck.convs.\1."),
+    (r"^neck\.convs\.(\d)\.gn\.", r"neck.norms.\1."),
+    # behind the levels "p3", "p4" and "p5", which all official DINOs have
+    (r"^neck\.extra_convs\.0\.conv\.", "neck.convs.3."),
+    (r"^neck\.extra_convs\.0\.gn\.", "neck.norms.3."),
+    (r"^bbox_head\.(?:transformer\.)?", ""),
+    (r"^level_embeds$", "encoder.positions.levels.weight"),
+    (r"^(encoder\.layers\.\d+)\.attentions\.0\.", r"\1.attention."),
+    (r"^(encoder\.layers\.\d+)\.norms\.0\.", r"\1.attention_norm."),
+    (r"^(encoder\.layers\.\d+)\.norms\.1\.", r"\1.ffn_norm."),
+    (r"\.attentions\.0\.attn\.out_proj\.", ".self_attention.projection."),
+    (r"\.attentions\.0\.attn\.", ".self_attention."),
+    (r"\.attentions\.1\.", ".cross_attention."),
+    (r"^(decoder\.layers\.\d+)\.norms\.0\.", r"\1.self_attention_norm."),
+    (r"^(decoder\.layers\.\d+)\.norms\.1\.", r"\1.cross_attention_norm."),
+    (r"^(decoder\.layers\.\d+)\.norms\.2\.", r"\1.ffn_norm."),
+    (r"\.ffns\.0\.layers\.0\.0\.", ".ffn.0."),
+    (r"\.ffns\.0\.layers\.1\.", ".ffn.2."),
+    (r"\.ref_point_head\.", ".position_mlp."),
+    (r"^enc_output\.", "query_selection.projection."),
+    (r"^enc_output_norm\.", "query_selection.norm."),
+    (r"^query_embed\.", "query_selection.contents."),
+    (r"^label_embedding\.", "denoising.labels."),
+    (r"^cls_branches\.(\d+)\.", r"decoder.heads.\1.classifier."),
+    (r"^reg_branches\.(\d+)\.", r"decoder.heads.\1.box_regressor."),
+)
+# The only settings of the official DINO that ours has
+DINO_SETTINGS = {"type": "DINOHead", "as_two_stage": True, "with_box_refine": True}
+# The only settings of the official segmentation heads that ours have
+DECODE_HEAD_SETTINGS = {"type": "UPerHead", "in_index": [0, 1, 2, 3], "align_corners": False}
+AUXILIARY_HEAD_SETTINGS = {
+    "type": "FCNHead",
+    "in_index": 2,
+    "num_convs": 1,
+    "concat_input": False,
+    "align_corners": False,
+}
+# Our settings of Mask R-CNN, where they are in the official configuration, and the only values of others
+MASK_RCNN_ENTRIES = {
+    "hidden_size": "neck.out_channels",
+    "anchor_ratios": "rpn_head.anchor_generator.ratios",
+    "rpn_fg_iou_thresh": "train_cfg.rpn.assigner.pos_iou_thr",
+    "rpn_bg_iou_thresh": "train_cfg.rpn.assigner.neg_iou_thr",
+    "rpn_batch_size_per_image": "train_cfg.rpn.sampler.num",
+    "rpn_positive_fraction": "train_cfg.rpn.sampler.pos_fraction",
+    "rpn_pre_nms_top_n_train": "train_cfg.rpn_proposal.nms_pre",
+    "rpn_pre_nms_top_n_test": "test_cfg.rpn.nms_pre",
+    "rpn_post_nms_top_n_train": "train_cfg.rpn_proposal.max_per_img",
+    "rpn_post_nms_top_n_test": "test_cfg.rpn.max_per_img",
+    "rpn_nms_thresh": "test_cfg.rpn.nms.iou_threshold",
+    "box_pool_size": "roi_head.bbox_head.roi_feat_size",
+    "box_hidden_size": "roi_head.bbox_head.fc_out_channels",
+    "box_coder_stds": "roi_head.bbox_head.bbox_coder.target_stds",
+    "box_fg_iou_thresh": "train_cfg.rcnn.assigner.pos_iou_thr",
+    "box_bg_iou_thresh": "train_cfg.rcnn.assigner.neg_iou_thr",
+    "box_batch_size_per_image": "train_cfg.rcnn.sampler.num",
+    "box_positive_fraction": "train_cfg.rcnn.sampler.pos_fraction",
+    "box_score_thresh": "test_cfg.rcnn.score_thr",
+    "box_nms_thresh": "test_cfg.rcnn.nms.iou_threshold",
+    "max_detections": "test_cfg.rcnn.max_per_img",
+    "mask_pool_size": "roi_head.mask_roi_extractor.roi_layer.output_size",
+    "mask_num_convs": "roi_head.mask_head.num_convs",
+}
+MASK_RCNN_SETTINGS = {
+    "neck": {"type": "FPN", "num_outs": 5},
+    "rpn_head": {"type": "RPNHead"},
+    "rpn_head.bbox_coder": {"target_stds": [1.0, 1.0, 1.0, 1.0]},
+    "rpn_head.loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
+    "roi_head": {"type": "StandardRoIHead"},
+    "roi_head.bbox_head": {"type": "Shared2FCBBoxHead", "reg_class_agnostic": False},
+    "roi_head.bbox_head.loss_bbox": {"type": "L1Loss", "loss_weight": 1.0},
+    "roi_head.mask_head": {"type": "FCNMaskHead"},
+}
+MODEL_CLASSES = {
+    model_class.__name__: model_class
+    for model_class in (
+        PiipBackbone,
+        PiipForImageClassification,
+        PiipForInstanceSegmentation,
+        PiipForObjectDetection,
+        PiipForSemanticSegmentation,
+    )
+}
 # Modules of official checkpoints outside the backbone, and what they belong to
 HEAD_PREFIXES = {
     "neck.": "the neck of the detector",
@@ -371,6 +483,96 @@ def convert_dense_merge(backbone: dict) -> dict:
     return {"merge_type": "single_conv", "merge_stages": stages, "out_features": levels}
 
 
+def check_settings(options: dict, expected: dict, part: str):
+    for name, value in expected.items():
+        if options.get(name) != value:
+            raise ConversionError(f"`{name}` of `{part}` is {options.get(name)!r}: only {value!r} is supported.")
+
+
+def get_side(size: list[int], name: str) -> int:
+    if len(set(size)) != 1:
+        raise ConversionError(f"`{name}` of `test_cfg` is {size}: only squares are supported.")
+    return size[0]
+
+
+def convert_uper_net(segmentor: dict) -> dict:
+    """Head, number of classes and inference of an official segmentor."""
+    decode_head, auxiliary_head = segmentor["decode_head"], segmentor.get("auxiliary_head")
+    check_settings(decode_head, DECODE_HEAD_SETTINGS, "decode_head")
+    uper_net = {
+        "hidden_size": decode_head["channels"],
+        "pool_scales": list(decode_head["pool_scales"]),
+        "dropout": decode_head["dropout_ratio"],
+        "use_auxiliary_head": auxiliary_head is not None,
+    }
+    if auxiliary_head is not None:
+        settings = AUXILIARY_HEAD_SETTINGS | {"dropout_ratio": decode_head["dropout_ratio"]}
+        check_settings(auxiliary_head, settings, "auxiliary_head")
+        uper_net["auxiliary_hidden_size"] = auxiliary_head["channels"]
+        uper_net["auxiliary_loss_weight"] = auxiliary_head["loss_decode"]["loss_weight"]
+    test = segmentor.get("test_cfg") or {"mode": "whole"}
+    uper_net["inference_mode"] = test["mode"]
+    if test["mode"] == "slide":
+        uper_net |= {name: get_side(test[name], name) for name in ("crop_size", "stride")}
+    return {"uper_net": uper_net, "num_labels": decode_head["num_classes"]}
+
+
+def convert_mask_rcnn(detector: dict) -> dict:
+    """
+    Head and number of classes of an official Mask R-CNN. Its classes keep their order: the background is last in both.
+    """
+    for part, settings in MASK_RCNN_SETTINGS.items():
+        check_settings(get_entry(detector, part), settings, part)
+    scales = get_entry(detector, "rpn_head.anchor_generator.scales")
+    if len(scales) != 1:
+        raise ConversionError(f"`rpn_head.anchor_generator.scales` is {scales}: only one scale is supported.")
+    mask_rcnn = {name: get_entry(detector, path) for name, path in MASK_RCNN_ENTRIES.items()}
+    return {
+        "mask_rcnn": mask_rcnn | {"anchor_scale": scales[0]},
+        "num_labels": get_entry(detector, "roi_head.bbox_head.num_classes"),
+    }
+
+
+def get_entry(options: dict, path: str):
+    """Entry of nested dictionaries, its keys separated by dots."""
+    for name in path.split("."):
+        if not isinstance(options, dict) or name not in options:
+            raise ConversionError(f"The configuration lacks `{path}`.")
+        options = options[name]
+    return options
+
+
+def convert_dino(detector: dict) -> dict:
+    """Head and number of classes of an official DINO."""
+    head, costs = detector["bbox_head"], detector["train_cfg"]["assigner"]
+    transformer, denoising = head["transformer"], head["dn_cfg"]
+    check_settings(head, DINO_SETTINGS, "bbox_head")
+    encoder_layer = transformer["encoder"]["transformerlayers"]
+    self_attention, cross_attention = transformer["decoder"]["transformerlayers"]["attn_cfgs"]
+    dino = {
+        "hidden_size": detector["neck"]["out_channels"],
+        "num_queries": head["num_query"],
+        "encoder_layers": transformer["encoder"]["num_layers"],
+        "decoder_layers": transformer["decoder"]["num_layers"],
+        "num_attention_heads": self_attention["num_heads"],
+        "num_points": cross_attention.get("num_points", 4),
+        "intermediate_size": encoder_layer["feedforward_channels"],
+        "position_temperature": head["positional_encoding"]["temperature"],
+        "num_denoising_queries": denoising["group_cfg"]["num_dn_queries"],
+        "label_noise_ratio": denoising["noise_scale"]["label"],
+        "box_noise_scale": denoising["noise_scale"]["box"],
+        "class_cost": costs["cls_cost"]["weight"],
+        "bbox_cost": costs["reg_cost"]["weight"],
+        "giou_cost": costs["iou_cost"]["weight"],
+        "class_loss_coefficient": head["loss_cls"]["loss_weight"],
+        "bbox_loss_coefficient": head["loss_bbox"]["loss_weight"],
+        "giou_loss_coefficient": head["loss_iou"]["loss_weight"],
+        "focal_alpha": head["loss_cls"]["alpha"],
+        "focal_gamma": head["loss_cls"]["gamma"],
+    }
+    return {"dino": dino, "num_labels": head["num_classes"]}
+
+
 def convert_config(
     official: dict, codebase: str | None = None, state_dict: dict | None = None
 ) -> tuple[PiipConfig, type[PiipPreTrainedModel]]:
@@ -379,7 +581,8 @@ def convert_config(
 
     Args:
         official (`dict`):
-            The official `model` dictionary or its `backbone` entry.
+            The official `model` dictionary or its `backbone` entry. A segmentor with its `decode_head` becomes a
+            [`PiipForSemanticSegmentation`].
         codebase (`str`, *optional*):
             `"classification"`, `"detection"` or `"segmentation"`; inferred when omitted and unambiguous.
         state_dict (`dict`, *optional*):
@@ -393,15 +596,29 @@ def convert_config(
     state_dict = state_dict or {}
     codebase = codebase or infer_codebase(backbone)
     branches = get_official_branches(backbone)
+    if codebase == "segmentation" and len(branches) == 3:
+        raise ConversionError(
+            "The official segmentation code scales the images of three branches relative to the second one; no "
+            "published model does so, and it is not supported."
+        )
     if codebase == "detection" and len(branches) == 4:
         branches = [*branches[:3], build_fourth_branch(branches, state_dict)]
     options = {"branches": convert_branches(branches, codebase, state_dict)}
     if backbone.get("type") in BASELINE_TYPES:
-        return PiipConfig(**options, **convert_baseline_merge(backbone, codebase)), PiipBackbone
-    options |= convert_interactions(backbone)
+        options |= convert_baseline_merge(backbone, codebase)
+    else:
+        options |= convert_interactions(backbone)
+        convert_merge = convert_classification_merge if codebase == "classification" else convert_dense_merge
+        options |= convert_merge(backbone)
     if codebase == "classification":
-        return PiipConfig(**options, **convert_classification_merge(backbone)), PiipForImageClassification
-    return PiipConfig(**options, **convert_dense_merge(backbone)), PiipBackbone
+        return PiipConfig(**options), PiipForImageClassification
+    if "decode_head" in official:
+        return PiipConfig(**options, **convert_uper_net(official)), PiipForSemanticSegmentation
+    if official.get("type") == "MaskRCNN":
+        return PiipConfig(**options, **convert_mask_rcnn(official)), PiipForInstanceSegmentation
+    if official.get("type") == "DINO":
+        return PiipConfig(**options, **convert_dino(official)), PiipForObjectDetection
+    return PiipConfig(**options), PiipBackbone
 
 
 # ---------------------------------------------------- weights ----------------------------------------------------
@@ -422,6 +639,8 @@ def load_official_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 
 def unwrap_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
     """Descends through `state_dict`, `model` and `module`, and strips `module.` and `backbone.` from the keys."""
+    if not isinstance(checkpoint, dict):
+        raise ConversionError(f"The checkpoint holds a {type(checkpoint).__name__}, expected a dictionary of weights.")
     for name in ("state_dict", "model", "module"):
         if isinstance(checkpoint.get(name), dict):
             return unwrap_state_dict(checkpoint[name])
@@ -468,9 +687,25 @@ def rename_branch(name: str, branch: PiipBranchConfig) -> str:
     return apply_renames(name, CONVNEXT_RENAMES)
 
 
+def rename_dino(name: str, config: PiipConfig) -> str:
+    # the official code has the head of the encoder behind those of the decoder
+    encoder_head = f"decoder.heads.{config.dino.decoder_layers}."
+    return apply_renames(name, DINO_RENAMES).replace(encoder_head, "query_selection.head.")
+
+
+def rename_head(name: str, config: PiipConfig) -> str:
+    if name.startswith(("decode_head.", "auxiliary_head.")):
+        return apply_renames(name, UPER_NET_RENAMES)
+    if name.startswith(("neck.lateral_convs.", "neck.fpn_convs.", "rpn_head.", "roi_head.")):
+        return apply_renames(name, MASK_RCNN_RENAMES)
+    return rename_dino(name, config)
+
+
 def rename_key(name: str, config: PiipConfig) -> str:
-    """Name of an official backbone or classifier parameter in our models with a head."""
+    """Name of an official parameter in our models with a head."""
     num_branches = len(config.branches)
+    if name.startswith(tuple(HEAD_PREFIXES)):
+        return rename_head(name, config)
     if match := re.fullmatch(r"branch(\d)\.(norm|head)\.(.+)", name):
         layer = {"norm": "norm", "head": "linear"}[match[2]]
         return f"classifiers.{num_branches - int(match[1])}.{layer}.{match[3]}"
@@ -508,11 +743,31 @@ def fold_temporal_embeddings(state_dict: dict[str, torch.Tensor]) -> dict[str, t
     return folded
 
 
+def split_attention_projections(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """DINO's queries and keys come from other states than the values, so that ours has two projections for them."""
+    split = {}
+    for name, value in state_dict.items():
+        if match := re.fullmatch(r"(bbox_head\..+)\.in_proj_(weight|bias)", name):
+            size = value.shape[0] // 3
+            split[f"{match[1]}.query_key.{match[2]}"] = value[: 2 * size]
+            split[f"{match[1]}.value.{match[2]}"] = value[2 * size :]
+        else:
+            split[name] = value
+    return split
+
+
 def is_never_used(name: str, config: PiipConfig) -> bool:
     """Modules that the official code builds and never runs, and buffers that we compute."""
     if name.endswith(".relative_position_index") or "convnext_model.layernorm." in name:
         return True
     return name.startswith("fpn1.") and "p2" not in config.out_features
+
+
+def is_foreign_head(name: str, model: PiipPreTrainedModel) -> bool:
+    """Whether a weight belongs to a head of the official detectors and segmenters that the model does not have."""
+    # the parts of DINO have no module around them in ours
+    part = "decoder" if name.startswith("bbox_head.") else name.split(".")[0]
+    return name.startswith(tuple(HEAD_PREFIXES)) and getattr(model, part, None) is None
 
 
 def fit_shape(name: str, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -544,11 +799,11 @@ def convert_state_dict(
         ConversionError: If a weight is unknown, missing or has another shape; the message lists all of them.
     """
     expected = {name: value.shape for name, value in model.state_dict().items()}
-    converted, left_out, problems = {}, [], []
-    for official_name, value in fold_temporal_embeddings(state_dict).items():
-        if is_never_used(official_name, model.config) or official_name.startswith(tuple(HEAD_PREFIXES)):
-            left_out.append(official_name)
-            continue
+    converted, problems = {}, []
+    state_dict = fold_temporal_embeddings(state_dict)
+    left_out = [name for name in state_dict if is_never_used(name, model.config) or is_foreign_head(name, model)]
+    kept = {name: value for name, value in state_dict.items() if name not in set(left_out)}
+    for official_name, value in split_attention_projections(kept).items():
         name = rename_key(official_name, model.config)
         if name not in expected:
             problems.append(f"unknown    {official_name} {tuple(value.shape)}")
@@ -568,6 +823,13 @@ def convert_state_dict(
 # --------------------------------------------------- checkpoints --------------------------------------------------
 
 
+def get_pad_size_divisor(branches: list[PiipBranchConfig]) -> int:
+    """What the official Mask R-CNNs with such branches pad to: whole windows of pyramids of plain ViTs."""
+    if len(branches) == 1 or any(branch.qk_norm for branch in branches):
+        return 64
+    return 32 if any(branch.architecture == "convnext" for branch in branches) else 224
+
+
 def build_image_processor(config: PiipConfig, codebase: str) -> PiipImageProcessor:
     """The preprocessing of the official configurations of a code base, for the resolution of `config`."""
     size = config.image_size
@@ -575,14 +837,33 @@ def build_image_processor(config: PiipConfig, codebase: str) -> PiipImageProcess
         return PiipImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     options = {"do_center_crop": False, "resample": PILImageResampling.BILINEAR}
     if codebase == "segmentation":
-        return PiipImageProcessor(size={"shortest_edge": size}, **options)
+        # of ADE20K, where 0 is no class; the longer side has a limit that no photo reaches, which rounds the sizes
+        size = {"shortest_edge": size, "longest_edge": 16 * size}
+        return PiipImageProcessor(size=size, do_reduce_labels=True, **options)
+    if config.dino is not None:
+        # the multi-scale policy: 800 x 1333 pixels for a model of 1024, scaled to this model
+        size = {"shortest_edge": size * 800 // 1024, "longest_edge": size * 1333 // 1024}
+        if any(branch.norm_type == "rmsnorm" for branch in config.branches):
+            # with InternViT
+            options |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "pad_size_divisor": 64}
+        else:
+            options |= {"pad_size_divisor": 224}
+        return PiipImageProcessor(size=size, do_pad=True, **options)
     # the single-scale policy: 800 x 1333 pixels, scaled to the longest side of this model
     size = {"shortest_edge": size * 800 // 1333, "longest_edge": size}
+    if config.mask_rcnn is not None:
+        return PiipInstanceSegmentationImageProcessor(
+            size=size, pad_size_divisor=get_pad_size_divisor(config.branches)
+        )
     return PiipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, **options)
 
 
 def convert_checkpoint(
-    official: dict, checkpoint: str | Path, output_dir: str | Path, codebase: str | None = None
+    official: dict,
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    codebase: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[str]:
     """
     Writes a folder that `from_pretrained` loads: weights, configuration, image processor and code.
@@ -596,6 +877,8 @@ def convert_checkpoint(
             New or empty folder; it appears only when everything is written.
         codebase (`str`, *optional*):
             See `convert_config`.
+        dtype (`torch.dtype`, *optional*):
+            Of the written weights; as in the checkpoint by default.
 
     Returns:
         Official names that were left out, see `convert_state_dict`.
@@ -608,23 +891,44 @@ def convert_checkpoint(
     state_dict = load_official_checkpoint(checkpoint)
     codebase = codebase or infer_codebase(official.get("backbone", official))
     config, model_class = convert_config(official, codebase, state_dict)
-    return save_converted(config, model_class, state_dict, build_image_processor(config, codebase), output_dir)
+    processor = build_image_processor(config, codebase)
+    sizes = [branch.image_size for branch in config.branches]
+    card = render_generic_card(Path(output_dir).resolve().name, model_class.__name__, sizes)
+    return save_converted(config, model_class, state_dict, processor, card, output_dir, dtype)
 
 
-def convert_variant_checkpoint(variant: str, checkpoint: str | Path | None, output_dir: str | Path) -> list[str]:
+def fit_fourth_branch(config: PiipConfig, state_dict: dict[str, torch.Tensor]):
+    """
+    The variants with four branches have the fourth one as the official detection code builds it, see
+    `build_fourth_branch`. If a checkpoint holds the one that the official configurations describe, a Tiny ViT, the
+    variant gets it.
+    """
+    bias = state_dict.get("branch4.patch_embed.proj.bias")
+    if len(config.branches) == 4 and bias is not None and bias.shape[0] == 192:
+        logger.warning("The fourth branch is 192 wide: a Tiny ViT as `branch4` says, unlike the variant.")
+        config.branches[0] = replace(config.branches[0], hidden_size=192, num_attention_heads=3)
+
+
+def convert_variant_checkpoint(
+    variant: str, checkpoint: str | Path | None, output_dir: str | Path, dtype: torch.dtype | None = None
+) -> list[str]:
     """
     The same for a published variant. Without `checkpoint` the official weights are downloaded from the repository that
     the official table links to.
     """
     check_output_dir(output_dir)
     folder = find_variant(variant)
-    config = PiipConfig.from_pretrained(folder)
+    config, card = PiipConfig.from_pretrained(folder), read_variant_card(variant)
     if checkpoint is None:
+        if config.official_checkpoint is None:
+            raise ConversionError(f"No weights were published for {variant}: pass the checkpoint you have.")
         checkpoint = hf_hub_download(OFFICIAL_REPOSITORY, config.official_checkpoint)
+    state_dict = load_official_checkpoint(checkpoint)
+    fit_fourth_branch(config, state_dict)
     # the backbone is what can be converted of a variant whose head is not built yet
     model_class = MODEL_CLASSES.get(config.architectures[0], PiipBackbone)
-    processor = PiipImageProcessor.from_pretrained(folder)
-    return save_converted(config, model_class, load_official_checkpoint(checkpoint), processor, output_dir)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    return save_converted(config, model_class, state_dict, processor, card, output_dir, dtype)
 
 
 def save_converted(
@@ -632,15 +936,22 @@ def save_converted(
     model_class: type[PiipPreTrainedModel],
     state_dict: dict[str, torch.Tensor],
     processor: PiipImageProcessor,
+    card: str,
     output_dir: str | Path,
+    dtype: torch.dtype | None,
 ) -> list[str]:
     with torch.device("meta"):
         model = model_class(config)
     converted, left_out = convert_state_dict(state_dict, model)
+    if dtype is not None:
+        counters = {name: value for name, value in converted.items() if not value.is_floating_point()}
+        converted = {name: value.to(dtype) for name, value in converted.items()} | counters
+    # the tensors stay in the mapped file of the checkpoint until their shard is written
     model.load_state_dict(converted, assign=True)
     with new_folder(output_dir) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size="5GB")
         processor.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return left_out
 
 

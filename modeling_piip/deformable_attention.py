@@ -127,6 +127,7 @@ class PiipDeformableAttention(nn.Module):
         features: torch.Tensor,
         reference_points: torch.Tensor,
         spatial_shapes: list[tuple[int, int]],
+        feature_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         r"""
         Args:
@@ -134,21 +135,34 @@ class PiipDeformableAttention(nn.Module):
                 Queries.
             features (`torch.Tensor` of shape `(batch_size, sum(height * width), feature_size)`):
                 Flattened feature maps.
-            reference_points (`torch.Tensor` of shape `(batch_size or 1, num_queries, num_levels or 1, 2)`):
-                Centre of each query on each level as (x, y) in 0..1, in float32.
+            reference_points (`torch.Tensor` of shape `(batch_size or 1, num_queries, num_levels or 1, 2 or 4)`):
+                Centre of each query on each level as (x, y) in 0..1, in float32. With (x, y, width, height) the
+                offsets are relative to this box, else they count cells.
             spatial_shapes (`list[tuple[int, int]]`):
                 `(height, width)` of every feature map.
+            feature_mask (`torch.BoolTensor` of shape `(batch_size, sum(height * width))`, *optional*):
+                False where features are padding: their value is zero.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_queries, hidden_size)`.
         """
         batch_size, num_queries, _ = hidden_states.shape
         sample_shape = (batch_size, num_queries, self.num_heads, self.num_levels, self.num_points)
-        value = self.value_proj(features).unflatten(-1, (self.num_heads, -1))
+        value = self.value_proj(features)
+        if feature_mask is not None:
+            value = value.masked_fill(~feature_mask.unsqueeze(-1), 0)
+        value = value.unflatten(-1, (self.num_heads, -1))
         weights = self.attention_weights(hidden_states).unflatten(-1, (self.num_heads, -1))
         weights = weights.softmax(dim=-1, dtype=torch.float32).view(sample_shape)
-        # offsets count cells, so they are divided by (width, height) of their level
-        cells = reference_points.new_tensor([[width, height] for height, width in spatial_shapes])
-        offsets = self.sampling_offsets(hidden_states).float().view(*sample_shape, 2) / cells[:, None, :]
-        locations = reference_points[:, :, None, :, None, :] + offsets
+        offsets = self.sampling_offsets(hidden_states).float().view(*sample_shape, 2)
+        # (batch_size, num_queries, 1, num_levels, 1, 2 or 4)
+        reference_points = reference_points[:, :, None, :, None, :]
+        if reference_points.shape[-1] == 4:
+            # an offset of `num_points` leads from the centre to the border of the box
+            offsets = offsets * reference_points[..., 2:] / (2 * self.num_points)
+        else:
+            # offsets count cells, so they are divided by (width, height) of their level
+            cells = reference_points.new_tensor([[width, height] for height, width in spatial_shapes])
+            offsets = offsets / cells[:, None, :]
+        locations = reference_points[..., :2] + offsets
         return self.output_proj(multi_scale_deformable_attention(value, spatial_shapes, locations, weights))

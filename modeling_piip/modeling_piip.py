@@ -12,9 +12,11 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -30,6 +32,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_piip import PiipBranchConfig, PiipConfig
 from .deformable_attention import PiipDeformableAttention, get_initial_offset_bias, get_reference_points
+
+
+if TYPE_CHECKING:
+    # Never run. A saved model brings along the files that its own file names in relative imports, at any place and
+    # depth: these are the models with heads, so that a folder loads as any of them, whichever class wrote it.
+    from .modeling_piip_instance_segmentation import PiipForInstanceSegmentation  # noqa: F401
+    from .modeling_piip_object_detection import PiipForObjectDetection  # noqa: F401
+    from .modeling_piip_semantic_segmentation import PiipForSemanticSegmentation  # noqa: F401
 
 
 @dataclass
@@ -72,6 +82,48 @@ def resize_map(feature_map: torch.Tensor, grid_size: tuple[int, int]) -> torch.T
         return feature_map
     resized = F.interpolate(feature_map.float(), size=grid_size, mode="bilinear", align_corners=False)
     return resized.to(feature_map.dtype)
+
+
+def check_pixel_mask(pixel_mask: torch.Tensor | None, pixel_values: torch.Tensor) -> torch.Tensor:
+    shape = (pixel_values.shape[0], *pixel_values.shape[2:])
+    if pixel_mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=pixel_values.device)
+    if tuple(pixel_mask.shape) != shape:
+        raise ValueError(
+            f"`pixel_mask` must have the shape {shape} of the images without their channels, got "
+            f"{tuple(pixel_mask.shape)}."
+        )
+    return pixel_mask
+
+
+def get_image_names(labels: list[dict[str, torch.Tensor]]) -> list[str]:
+    """How errors call the images: by `image_id`, or else by their place in the batch."""
+    return [
+        f"the image with image_id {int(label['image_id'])}" if "image_id" in label else f"image {k} of the batch"
+        for k, label in enumerate(labels)
+    ]
+
+
+def check_label(name: str, class_labels: torch.Tensor, boxes: torch.Tensor, num_labels: int):
+    if class_labels.is_floating_point() or class_labels.ndim != 1 or boxes.numel() != 4 * len(class_labels):
+        raise ValueError(
+            f"The labels of {name} do not fit: `class_labels` must be integers of the shape (num_objects,) and "
+            f"`boxes` of the shape (num_objects, 4), got {class_labels.dtype} of {tuple(class_labels.shape)} and "
+            f"{tuple(boxes.shape)}."
+        )
+    outside = class_labels[(class_labels < 0) | (class_labels >= num_labels)]
+    if len(outside) > 0:
+        raise ValueError(
+            f"The labels of {name} hold the class id {outside[0].item()}, but the model has {num_labels} classes (ids "
+            f"0 to {num_labels - 1}). Set `num_labels` or `id2label` to fit the data."
+        )
+    # augmentations may leave the image by their rounding
+    tolerance = 1e-3
+    if not ((boxes >= -tolerance) & (boxes <= 1 + tolerance)).all():
+        raise ValueError(
+            f"The labels of {name} hold boxes outside 0..1: {boxes.tolist()}. Boxes must be (center x, center y, "
+            "width, height) relative to the size of the image without its padding."
+        )
 
 
 def window_partition(tokens: torch.Tensor, grid_size: tuple[int, int], window_size: int) -> torch.Tensor:
@@ -775,6 +827,23 @@ class PiipPreTrainedModel(PreTrainedModel):
         elif isinstance(module, PiipMergeBranch):
             init.ones_(module.scale)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # In code outside the library Transformers takes a module without parameters of its own for initialized and
+        # skips what `_init_weights` does to the layers inside it. That protects loaded weights from functions that do
+        # not know of them; those of `transformers.initialization`, which are used here, do.
+        super()._initialize_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in every Transformers model, but a damaged file is reported with the place it came from."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights of {pretrained_model_name_or_path} are truncated or damaged ({error}): download or save "
+                "them again."
+            ) from error
+
     @classmethod
     def from_pretrained_branches(
         cls, config: PiipConfig, sources: list[str | os.PathLike | None]
@@ -893,6 +962,9 @@ class PiipModel(PiipPreTrainedModel):
             raise ValueError(
                 f"`pixel_values` must have the shape (batch_size, {num_channels}, height, width), got {shape}.{hint}"
             )
+        # exported programs keep the batch size free
+        if not torch.compiler.is_compiling() and shape[0] == 0:
+            raise ValueError(f"`pixel_values` of shape {shape} are an empty batch: pass at least one image.")
         if not pixel_values.is_floating_point():
             raise ValueError(
                 f"`pixel_values` must be normalized floating point images, got {pixel_values.dtype}: use "

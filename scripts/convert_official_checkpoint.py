@@ -14,14 +14,16 @@ Your own variant, trained with the official code: its `model` or `backbone` dict
 
 The folder holds weights (safetensors), configuration, image processor and code, and loads in any environment with
 `AutoModel.from_pretrained(folder, trust_remote_code=True)`. A classification dictionary becomes an image classifier,
-any other backbone dictionary a backbone whose feature maps are the official ones in order. If anything does not fit,
-nothing is written.
+a segmentor with its `decode_head` a PiipForSemanticSegmentation, any other backbone dictionary a backbone whose
+feature maps are the official ones in order. If anything does not fit, nothing is written.
 """
 
 import argparse
 import json
 from pathlib import Path
 from pickle import UnpicklingError
+
+import torch
 
 from modeling_piip.conversion import CODEBASES, convert_checkpoint, convert_variant_checkpoint, describe_left_out
 
@@ -35,6 +37,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=Path, help="official weights (default for a variant: downloaded)")
     parser.add_argument("--official_codebase", choices=CODEBASES, help="where the dictionary comes from; they differ")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: as they are)"
+    )
     parser.add_argument("--output_dir", required=True, type=Path, help="new or empty folder to write to")
     args = parser.parse_args(argv)
     if args.official_config and not args.checkpoint:
@@ -58,10 +63,11 @@ def read_official_config(path: Path) -> dict:
 
 
 def convert(args: argparse.Namespace) -> list[str]:
+    dtype = args.dtype and getattr(torch, args.dtype)
     if args.variant:
-        return convert_variant_checkpoint(args.variant, args.checkpoint, args.output_dir)
+        return convert_variant_checkpoint(args.variant, args.checkpoint, args.output_dir, dtype)
     official = read_official_config(args.official_config)
-    return convert_checkpoint(official, args.checkpoint, args.output_dir, args.official_codebase)
+    return convert_checkpoint(official, args.checkpoint, args.output_dir, args.official_codebase, dtype)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,6 +16,18 @@ def tiny_config(**options) -> PiipConfig:
         "interaction_num_points": 2,
         "num_groups": 4,
         "num_labels": 3,
+        "uper_net": {"hidden_size": 8, "auxiliary_hidden_size": 8},
+        "dino": {
+            "hidden_size": 16,
+            "num_queries": 12,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "num_attention_heads": 2,
+            "num_points": 2,
+            "intermediate_size": 16,
+            "num_denoising_queries": 6,
+        },
+        "mask_rcnn": {"hidden_size": 8, "box_hidden_size": 16, "mask_num_convs": 2, "max_detections": 10},
     }
     return PiipConfig(**(defaults | options))
 

@@ -19,6 +19,9 @@ AUTO_CLASSES = {
     "model": "AutoModel",
     "backbone": "AutoBackbone",
     "classification": "AutoModelForImageClassification",
+    "instance_segmentation": "AutoModelForInstanceSegmentation",
+    "object_detection": "AutoModelForObjectDetection",
+    "semantic_segmentation": "AutoModelForSemanticSegmentation",
 }
 HEADS = [name for name in AUTO_CLASSES if name not in ("model", "backbone")]
 
@@ -53,7 +56,9 @@ def assert_equal_weights(model, folder: Path, prefix: str = "", dtype=None):
     assert len(model.state_dict()) > 0
     for key, weight in model.state_dict().items():
         expected = saved[prefix + key]
-        assert weight.dtype == (dtype or expected.dtype), f"{key} is {weight.dtype}"
+        # batch norms count batches in integers
+        wanted = dtype if dtype is not None and expected.is_floating_point() else expected.dtype
+        assert weight.dtype == wanted, f"{key} is {weight.dtype}"
         assert torch.equal(weight, expected.to(weight.dtype)), f"{key} differs from the saved weight"
 
 
@@ -125,10 +130,13 @@ def check_meta_device(folders, originals):
 def check_processors(folders, originals):
     from transformers import AutoImageProcessor
 
-    for backend, name in (("torchvision", "PiipImageProcessor"), ("pil", "PiipImageProcessorPil")):
-        processor = AutoImageProcessor.from_pretrained(folders / "model", trust_remote_code=True, backend=backend)
-        assert type(processor).__name__ == name
-        assert processor(image(), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+    names = {"model": "PiipImageProcessor", "instance_segmentation": "PiipInstanceSegmentationImageProcessor"}
+    for folder, name in names.items():
+        for backend, suffix in (("torchvision", ""), ("pil", "Pil")):
+            processor = AutoImageProcessor.from_pretrained(folders / folder, trust_remote_code=True, backend=backend)
+            assert type(processor).__name__ == name + suffix
+            pixel_values = processor(image(), return_tensors="pt", pad_size_divisor=32).pixel_values
+            assert pixel_values.shape == (1, 3, 32, 32)
 
 
 def check_image_classification_pipeline(folders, originals):
@@ -144,6 +152,59 @@ def check_image_classification_pipeline(folders, originals):
     predicted = {prediction["label"]: prediction["score"] for prediction in classify(image())}
     assert predicted.keys() == expected.keys(), predicted
     assert all(abs(predicted[label] - expected[label]) < 1e-5 for label in expected), (predicted, expected)
+
+
+def check_image_segmentation_pipeline(folders, originals):
+    import numpy as np
+    import torch
+    from transformers import AutoImageProcessor, pipeline
+
+    segment = pipeline("image-segmentation", str(folders / "semantic_segmentation"), trust_remote_code=True)
+    model = load(folders, "semantic_segmentation")
+    processor = AutoImageProcessor.from_pretrained(folders / "semantic_segmentation", trust_remote_code=True)
+    with torch.no_grad():
+        outputs = model(**processor(image(), return_tensors="pt"))
+    (class_map,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(40, 50)])
+    segments = {segment["label"]: np.array(segment["mask"]) > 0 for segment in segment(image())}
+    assert len(segments) == len(class_map.unique())
+    for class_id in class_map.unique().tolist():
+        assert np.array_equal(segments[model.config.id2label[class_id]], class_map.numpy() == class_id)
+
+
+def check_instance_segmentation_pipeline(folders, originals):
+    import numpy as np
+    import torch
+    from transformers import AutoImageProcessor, pipeline
+
+    folder, options = folders / "instance_segmentation", {"threshold": 0.05, "overlap_mask_area_threshold": 0}
+    segment = pipeline("image-segmentation", str(folder), trust_remote_code=True)
+    model = load(folders, "instance_segmentation")
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        outputs = model(**processor(image(), return_tensors="pt"))
+    (expected,) = processor.post_process_instance_segmentation(outputs, target_sizes=[(40, 50)], **options)
+    segments = segment(image(), **options)
+    assert len(segments) == len(expected["segments_info"]) > 0
+    for found, info in zip(segments, expected["segments_info"]):
+        assert found["label"] == model.config.id2label[info["label_id"]]
+        assert abs(found["score"] - info["score"]) < 1e-5
+        assert np.array_equal(np.array(found["mask"]) > 0, expected["segmentation"].numpy() == info["id"])
+
+
+def check_object_detection_pipeline(folders, originals):
+    import torch
+    from transformers import AutoImageProcessor, pipeline
+
+    detect = pipeline("object-detection", str(folders / "object_detection"), trust_remote_code=True)
+    model = load(folders, "object_detection")
+    processor = AutoImageProcessor.from_pretrained(folders / "object_detection", trust_remote_code=True)
+    with torch.no_grad():
+        outputs = model(**processor(image(), return_tensors="pt"))
+    (expected,) = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(40, 50)])
+    found = detect(image(), threshold=0.0)
+    assert len(found) == len(expected["scores"]) > 0
+    assert [item["label"] for item in found] == [model.config.id2label[k] for k in expected["labels"].tolist()]
+    assert all(abs(item["score"] - score) < 1e-5 for item, score in zip(found, expected["scores"].tolist()))
 
 
 def check_image_feature_extraction_pipeline(folders, originals):

@@ -1,10 +1,18 @@
 import copy
 import pickle
 import re
+from dataclasses import asdict
 
 import pytest
 
-from modeling_piip import PiipBackbone, PiipBranchConfig, PiipConfig
+from modeling_piip import (
+    PiipBackbone,
+    PiipBranchConfig,
+    PiipConfig,
+    PiipDinoConfig,
+    PiipMaskRCNNConfig,
+    PiipUperNetConfig,
+)
 
 from .common import tiny_branch, tiny_cls_config, tiny_config
 
@@ -81,6 +89,21 @@ BAD_CONFIGS = [
     ({"out_indices": [4]}, "out_indices .*4"),
 ]
 
+BAD_HEADS = [
+    ("uper_net", {"hidden_size": 0}, "`hidden_size` of `PiipUperNetConfig` must be positive, got 0"),
+    ("uper_net", {"pool_scales": [1, 0]}, r"`pool_scales` .* positive, got \[1, 0\]"),
+    ("uper_net", {"pool_scales": []}, r"`pool_scales` .* positive, got \[\]"),
+    ("uper_net", {"dropout": 1.5}, r"`dropout` of `PiipUperNetConfig` must be between 0 and 1, got 1\.5"),
+    ("uper_net", {"crop_size": 64, "stride": 65}, r"`stride` \(65\) .* larger than its `crop_size` \(64\)"),
+    ("dino", {"num_queries": 0}, "`num_queries` of `PiipDinoConfig` must be positive, got 0"),
+    ("dino", {"num_denoising_queries": -1}, "`num_denoising_queries` .* must not be negative, got -1"),
+    ("dino", {"hidden_size": 36}, r"`hidden_size` \(36\) .* divisible by 4 and by its `num_attention_heads` \(8\)"),
+    ("mask_rcnn", {"anchor_ratios": [1.0, -1.0]}, "`anchor_ratios` of `PiipMaskRCNNConfig` must be positive"),
+    ("mask_rcnn", {"box_score_thresh": 5}, "`box_score_thresh` .* between 0 and 1, got 5"),
+    ("mask_rcnn", {"box_coder_stds": [0.1, 0.2]}, r"`box_coder_stds` .* needs 4 numbers .* got \[0\.1, 0\.2\]"),
+    ("mask_rcnn", {"rpn_bg_iou_thresh": 0.8}, r"`rpn_bg_iou_thresh` \(0\.8\) .* above `rpn_fg_iou_thresh` \(0\.7\)"),
+]
+
 
 @pytest.mark.parametrize("options, message", BAD_BRANCHES, ids=[str(options) for options, _ in BAD_BRANCHES])
 def test_impossible_branch_is_refused(options, message):
@@ -92,6 +115,12 @@ def test_impossible_branch_is_refused(options, message):
 def test_impossible_config_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**options)
+
+
+@pytest.mark.parametrize("head, options, message", BAD_HEADS, ids=[f"{head}-{bad}" for head, bad, _ in BAD_HEADS])
+def test_impossible_head_is_refused(head, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**{head: options})
 
 
 def test_level_with_a_group_norm_that_does_not_fit_is_refused_by_the_backbone():
@@ -159,6 +188,26 @@ def test_branches_may_be_dicts_or_objects():
         ]
     )
     assert dicts.to_dict() == objects.to_dict()
+
+
+def test_heads_may_be_dicts_or_objects_and_survive_json(tmp_path):
+    heads = {
+        "uper_net": PiipUperNetConfig(hidden_size=64),
+        "dino": PiipDinoConfig(num_queries=30),
+        "mask_rcnn": PiipMaskRCNNConfig(with_masks=False),
+    }
+    config = tiny_config(**heads)
+    config.save_pretrained(tmp_path)
+    loaded = PiipConfig.from_pretrained(tmp_path)
+    for name, head in heads.items():
+        assert getattr(loaded, name) == getattr(tiny_config(**{name: asdict(head)}), name) == head
+        assert getattr(PiipConfig(), name) is None
+    assert loaded.to_dict() == config.to_dict()
+
+
+def test_misspelled_option_of_a_head_is_refused():
+    with pytest.raises(TypeError, match="hidden_sise"):
+        tiny_config(dino={"hidden_sise": 8})
 
 
 def test_options_of_from_pretrained_replace_saved_ones(tmp_path):

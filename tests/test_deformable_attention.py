@@ -136,6 +136,33 @@ def test_module_reads_where_its_offsets_point():
     torch.testing.assert_close(output, expected)
 
 
+def test_offsets_of_boxes_are_relative_to_their_size():
+    """An offset of `num_points` leads from the centre of a box to its border, whatever the number of cells."""
+    module = PiipDeformableAttention(hidden_size=4, feature_size=4, num_heads=1, num_points=2, num_levels=2)
+    queries, features = torch.randn(1, 3, 4), torch.randn(1, 6 * 5 + 3 * 2, 4)
+    boxes = torch.rand(1, 3, 2, 4)
+    with torch.no_grad():
+        module.sampling_offsets.weight.zero_()
+        module.sampling_offsets.bias.copy_(torch.tensor([[2.0, 0.0], [0.0, -1.0]]).repeat(2, 1).flatten())
+    value = module.value_proj(features).unflatten(-1, (1, 4))
+    weights = module.attention_weights(queries).softmax(dim=-1).view(1, 3, 1, 2, 2)
+    shifts = torch.stack((boxes[..., 2:] * torch.tensor([0.5, 0]), boxes[..., 2:] * torch.tensor([0, -0.25])), dim=-2)
+    locations = (boxes[..., None, :2] + shifts)[:, :, None]
+    expected = module.output_proj(multi_scale_deformable_attention(value, [(6, 5), (3, 2)], locations, weights))
+    torch.testing.assert_close(module(queries, features, boxes, [(6, 5), (3, 2)]), expected)
+
+
+def test_masked_features_have_no_value():
+    module = PiipDeformableAttention(hidden_size=4, feature_size=4, num_heads=1, num_points=2)
+    module.value_proj.bias.data.normal_()
+    features, mask = torch.randn(1, 6 * 5, 4), torch.rand(1, 6 * 5) > 0.5
+    points = get_reference_points(6, 5, device=features.device)[None, :, None]
+    output = module(features, features, points, [(6, 5)], mask)
+    value = (module.value_proj(features) * mask.unsqueeze(-1)).unsqueeze(2)
+    module.value_proj = torch.nn.Identity()
+    torch.testing.assert_close(module(features, value.squeeze(2), points, [(6, 5)]), output)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_module_in_half_precision_stays_near_float32(dtype):
     torch.manual_seed(0)

@@ -11,7 +11,16 @@ import transformers
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
 
 import modeling_piip
-from modeling_piip import PiipBackbone, PiipForImageClassification, PiipImageProcessor, PiipModel
+from modeling_piip import (
+    PiipBackbone,
+    PiipForImageClassification,
+    PiipForInstanceSegmentation,
+    PiipForObjectDetection,
+    PiipForSemanticSegmentation,
+    PiipImageProcessor,
+    PiipInstanceSegmentationImageProcessor,
+    PiipModel,
+)
 
 from .common import build, tiny_config
 from .hub_loading_checks import AUTO_CLASSES, CHECKS
@@ -21,7 +30,14 @@ SAVED_CLASSES = {
     "model": PiipModel,
     "backbone": PiipBackbone,
     "classification": PiipForImageClassification,
+    "instance_segmentation": PiipForInstanceSegmentation,
+    "object_detection": PiipForObjectDetection,
+    "semantic_segmentation": PiipForSemanticSegmentation,
 }
+
+
+def get_processor_class(name: str) -> type:
+    return PiipInstanceSegmentationImageProcessor if name == "instance_segmentation" else PiipImageProcessor
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +46,7 @@ def folders(tmp_path_factory):
     size = {"height": 32, "width": 32}
     for name, model_class in SAVED_CLASSES.items():
         build(model_class, tiny_config()).save_pretrained(folder / name)
-        PiipImageProcessor(size=size, crop_size=size).save_pretrained(folder / name)
+        get_processor_class(name)(size=size, crop_size=size).save_pretrained(folder / name)
     return folder
 
 
@@ -92,4 +108,4 @@ def test_installed_package_loads_without_remote_code(name, folders):
     else:
         auto_class = getattr(transformers, AUTO_CLASSES[name])
         assert type(auto_class.from_pretrained(folders / name)) is SAVED_CLASSES[name]
-    assert type(AutoImageProcessor.from_pretrained(folders / name)) is PiipImageProcessor
+    assert type(AutoImageProcessor.from_pretrained(folders / name)) is get_processor_class(name)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -399,3 +400,172 @@ LOAD_WITHOUT_TORCHVISION = """
 def test_only_the_torchvision_backend_needs_torchvision(tmp_path):
     PiipImageProcessor().save_pretrained(tmp_path / "saved")
     run_without_the_package(LOAD_WITHOUT_TORCHVISION, tmp_path)
+
+
+# Annotations and detections
+
+
+DETECTION = {"size": {"shortest_edge": 60, "longest_edge": 100}, "do_center_crop": False, "do_pad": True}
+
+
+def annotate(*objects: dict, image_id: int = 7) -> dict:
+    return {"image_id": image_id, "annotations": list(objects)}
+
+
+def test_objects_become_normalized_boxes(processor_class):
+    annotations = [
+        annotate(
+            {"bbox": [20, 30, 40, 60], "category_id": 2},
+            {"bbox": [0, 0, 400, 300], "category_id": 0, "area": 1200.0, "iscrowd": 0},
+        ),
+        annotate(image_id=8),
+    ]
+    images = [photo(300, 400), photo(200, 100)]
+    inputs = processor_class(**DETECTION)(images, annotations=annotations, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (2, 3, 100, 80)
+    first, second = inputs["labels"]
+    assert first["class_labels"].tolist() == [2, 0] and first["class_labels"].dtype == torch.int64
+    expected = [[40 / 400, 60 / 300, 40 / 400, 60 / 300], [0.5, 0.5, 1, 1]]
+    torch.testing.assert_close(first["boxes"], torch.tensor(expected))
+    # 300 x 400 pixels become 60 x 80
+    torch.testing.assert_close(first["area"], torch.tensor([40 * 60 / 25, 1200 / 25]))
+    assert first["iscrowd"].tolist() == [0, 0]
+    assert first["image_id"].tolist() == [7] and second["image_id"].tolist() == [8]
+    assert first["orig_size"].tolist() == [300, 400] and first["size"].tolist() == [60, 80]
+    assert second["orig_size"].tolist() == [200, 100] and second["size"].tolist() == [100, 50]
+    assert second["boxes"].shape == (0, 4) and second["class_labels"].shape == (0,)
+
+
+def test_pixel_mask_tells_padding(processor_class):
+    processor = processor_class(**DETECTION, pad_size_divisor=32)
+    inputs = processor([photo(300, 400), photo(200, 100)], return_tensors="pt")
+    assert inputs["pixel_mask"].shape == (2, 128, 96)
+    for mask, (height, width) in zip(inputs["pixel_mask"], [(60, 80), (100, 50)], strict=True):
+        assert mask[:height, :width].all() and mask.sum() == height * width
+    assert "pixel_mask" not in processor(photo(), do_pad=False)
+
+
+def test_labels_are_arrays_of_the_backend(processor_class):
+    annotation = annotate({"bbox": [20, 30, 40, 60], "category_id": 2})
+    processor = processor_class(**DETECTION)
+    for options, expected in (
+        ({}, torch.Tensor if processor.backend == "torchvision" else np.ndarray),
+        ({"return_tensors": "np"}, np.ndarray),
+        ({"return_tensors": "pt"}, torch.Tensor),
+    ):
+        (label,) = processor(photo(), annotations=annotation, **options)["labels"]
+        assert {type(value) for value in label.values()} == {expected}
+
+
+def test_boxes_come_back_from_resize_and_padding(processor_class):
+    """The way there through the processor, the way back through its post-processing, for odd sizes."""
+    random = np.random.default_rng(0)
+    processor = processor_class(**DETECTION, pad_size_divisor=32)
+    sizes = [(333, 500), (101, 613), (640, 427)]
+    corners = [np.sort(random.uniform(0, 1, (5, 2, 2)), axis=1).reshape(5, 4) for _ in sizes]
+    corners = [boxes * [width, height, width, height] for boxes, (height, width) in zip(corners, sizes, strict=True)]
+    annotations = [
+        annotate(*({"bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": k} for k, (x1, y1, x2, y2) in enumerate(boxes)))
+        for boxes in corners
+    ]
+    inputs = processor([photo(*size) for size in sizes], annotations=annotations, return_tensors="pt")
+    outputs = SimpleNamespace(
+        logits=torch.stack([torch.eye(5) * 20 - 10] * 3),
+        pred_boxes=torch.stack([label["boxes"] for label in inputs["labels"]]),
+    )
+    for detection, boxes in zip(processor.post_process_object_detection(outputs, target_sizes=sizes), corners):
+        order = detection["labels"].argsort()
+        torch.testing.assert_close(detection["boxes"][order], torch.tensor(boxes).float(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("size, expected", [((427, 640), (672, 1007)), ((333, 500), (672, 1009))])
+def test_detection_sizes_are_rounded_as_in_the_official_code(processor_class, size, expected):
+    processor = processor_class(size={"shortest_edge": 672, "longest_edge": 1120}, do_center_crop=False)
+    assert processor(photo(*size), return_tensors="pt").pixel_values.shape[2:] == expected
+
+
+def test_boxes_are_clipped_to_the_image(processor_class):
+    annotation = annotate({"bbox": [-20, 250, 60, 90], "category_id": 1})
+    (label,) = processor_class(**DETECTION)(photo(), annotations=annotation, return_tensors="pt")["labels"]
+    torch.testing.assert_close(label["boxes"], torch.tensor([[20 / 400, 275 / 300, 40 / 400, 50 / 300]]))
+
+
+def test_boxes_without_area_are_dropped_with_one_warning(processor_class, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(
+        "modeling_piip.image_processing_piip.logger.warning", lambda text, *values: warnings.append(text % values)
+    )
+    annotations = [
+        annotate({"bbox": [5, 5, 0, 10], "category_id": 0}, {"bbox": [5, 5, 10, 10], "category_id": 1}),
+        annotate({"bbox": [500, 5, 10, 10], "category_id": 2}),
+    ]
+    inputs = processor_class(**DETECTION)([photo(), photo()], annotations=annotations, return_tensors="pt")
+    assert [label["class_labels"].tolist() for label in inputs["labels"]] == [[1], []]
+    assert warnings == ["Dropped 2 boxes without any area inside their image."]
+
+
+def test_crowds_are_no_objects(processor_class):
+    annotation = annotate(
+        {"bbox": [5, 5, 9, 9], "category_id": 0, "iscrowd": 1}, {"bbox": [1, 1, 2, 2], "category_id": 1}
+    )
+    (label,) = processor_class(**DETECTION)(photo(), annotations=annotation, return_tensors="pt")["labels"]
+    assert label["class_labels"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "annotations, message",
+    [
+        ([annotate(), annotate()], "Got 2 annotations for 1 images"),
+        ([{"bbox": [1, 1, 2, 2], "category_id": 1}], "Annotation 0 must be a dictionary with 'image_id'"),
+        ([{"image_id": "a", "annotations": []}], "Annotation 0 must be a dictionary with 'image_id', a whole number"),
+        (annotate({"bbox": [1, 1, 2, 2]}), r"Annotation 0 \(image_id 7\): object 0 needs .* as 'category_id'"),
+        (annotate({"bbox": [1, 1, 2, 2], "category_id": 1.5}), "whole number as 'category_id'"),
+        (annotate({"bbox": [1, 1, 2], "category_id": 1}), r"has the bbox \[1.0, 1.0, 2.0\]"),
+        (annotate({"bbox": "none", "category_id": 1}), "needs a 'bbox' of four numbers"),
+        (annotate({"bbox": [9, 9, -3, 2], "category_id": 1}), "Convert corners"),
+        (annotate({"bbox": [1, 1, float("nan"), 2], "category_id": 1}), "has the bbox"),
+        (annotate({"bbox": [1, 1, 2, 2], "category_id": -1}), "category_id -1"),
+    ],
+    ids=[
+        "count",
+        "bare object",
+        "image id",
+        "no class",
+        "half a class",
+        "three",
+        "text",
+        "corners",
+        "nan",
+        "negative",
+    ],
+)
+def test_broken_annotations_are_named(processor_class, annotations, message):
+    with pytest.raises(ValueError, match=message):
+        processor_class(**DETECTION)(photo(), annotations=annotations)
+
+
+def test_annotations_need_whole_images_and_exclude_maps(processor_class):
+    with pytest.raises(ValueError, match="set `do_center_crop=False`"):
+        processor_class()(photo(), annotations=annotate())
+    with pytest.raises(ValueError, match="pass one of them"):
+        processor_class(**DETECTION)(photo(), segmentation_maps=np.zeros((300, 400), int), annotations=annotate())
+
+
+def test_detections_are_the_best_pairs_of_query_and_class(processor_class):
+    scores = torch.tensor([[0.9, 0.8, 0.1], [0.2, 0.6, 0.7]])
+    outputs = SimpleNamespace(
+        logits=torch.logit(scores)[None], pred_boxes=torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.9, 0.1, 0.4, 0.4]]])
+    )
+    processor = processor_class()
+    (detection,) = processor.post_process_object_detection(outputs, threshold=0.65, target_sizes=[(100, 200)])
+    torch.testing.assert_close(detection["scores"], torch.tensor([0.9, 0.8, 0.7]))
+    assert detection["labels"].tolist() == [0, 1, 2]
+    # the last box is cut off at the border of the image
+    expected = torch.tensor([[80.0, 30.0, 120.0, 70.0], [80.0, 30.0, 120.0, 70.0], [140.0, 0.0, 200.0, 30.0]])
+    torch.testing.assert_close(detection["boxes"], expected)
+    (detection,) = processor.post_process_object_detection(outputs, threshold=0.0, top_k=2)
+    assert len(detection["scores"]) == 2 and detection["boxes"].max() <= 1
+    (detection,) = processor.post_process_object_detection(outputs, threshold=0.95)
+    assert detection["boxes"].shape == (0, 4)
+    with pytest.raises(ValueError, match="Got 2 `target_sizes` for 1 images"):
+        processor.post_process_object_detection(outputs, target_sizes=[(1, 1), (1, 1)])

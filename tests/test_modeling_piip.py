@@ -94,6 +94,12 @@ def test_new_interactions_leave_the_branches_alone():
     torch.testing.assert_close(model(images()).branch_hidden_states, tokens, rtol=0, atol=0)
 
 
+def test_new_deformable_attention_looks_around_evenly():
+    attention = PiipModel(tiny_config()).interactions[0].units[0].coarse_to_fine.attention
+    assert attention.sampling_offsets.weight.eq(0).all() and attention.attention_weights.weight.eq(0).all()
+    assert attention.sampling_offsets.bias.abs().max() == attention.num_points
+
+
 def test_drop_path_acts_in_training_only():
     model = build(PiipModel, tiny_config(interaction_drop_path_rate=0.5))
     torch.testing.assert_close(model(images())[0], model(images())[0], rtol=0, atol=0)

@@ -2,7 +2,12 @@
 
 import unittest
 
-from modeling_piip import PiipImageProcessor, PiipImageProcessorPil
+from modeling_piip import (
+    PiipImageProcessor,
+    PiipImageProcessorPil,
+    PiipInstanceSegmentationImageProcessor,
+    PiipInstanceSegmentationImageProcessorPil,
+)
 
 from .common_tests import image_processing_common
 
@@ -53,3 +58,19 @@ class PiipImageProcessingTest(
     def test_pil_can_run_without_torchvision(self):
         """The original (a slow test) loads with AutoImageProcessor in a process that does not know this package."""
         self.skipTest("PIIP models need torchvision")
+
+
+class PiipInstanceSegmentationImageProcessingTest(PiipImageProcessingTest):
+    def setUp(self):
+        super().setUp()
+        self.image_processor_tester.image_processing_classes = {
+            "torchvision": PiipInstanceSegmentationImageProcessor,
+            "pil": PiipInstanceSegmentationImageProcessorPil,
+        }
+        # the tests expect batches of exactly `size`
+        self.image_processor_tester.options["pad_size_divisor"] = 1
+
+    def test_valid_kwargs_set(self):
+        """The original expects a class of options of its own; they are those of the other processor."""
+        for processor_class in self.image_processing_classes.values():
+            self.assertIs(processor_class(**self.image_processor_dict).valid_kwargs, PiipImageProcessor.valid_kwargs)

@@ -3,10 +3,19 @@
 import unittest
 
 import pytest
+import torch
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from modeling_piip import PiipBackbone, PiipConfig, PiipForImageClassification, PiipModel
+from modeling_piip import (
+    PiipBackbone,
+    PiipConfig,
+    PiipForImageClassification,
+    PiipForInstanceSegmentation,
+    PiipForObjectDetection,
+    PiipForSemanticSegmentation,
+    PiipModel,
+)
 
 from ..common import tiny_branch, tiny_config
 from .common_tests import backbone_common, configuration_common, modeling_common
@@ -17,6 +26,9 @@ MODEL_CLASSES = {
     PiipModel: modeling_auto.MODEL_MAPPING_NAMES,
     PiipBackbone: modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES,
     PiipForImageClassification: modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    PiipForInstanceSegmentation: modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES,
+    PiipForObjectDetection: modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+    PiipForSemanticSegmentation: modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
 }
 
 
@@ -67,6 +79,18 @@ class PiipModelTest(modeling_common.ModelTesterMixin, unittest.TestCase):
             common_properties=["hidden_size", "num_hidden_layers"],
             num_channels=4,
         )
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        """The original makes no labels for detectors."""
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
+        if return_labels and model_class in (PiipForInstanceSegmentation, PiipForObjectDetection):
+            label = {
+                "class_labels": torch.tensor([1], device=modeling_common.torch_device),
+                "boxes": torch.tensor([[0.5, 0.4, 0.3, 0.2]], device=modeling_common.torch_device),
+                "masks": torch.ones(1, 32, 32, dtype=torch.bool, device=modeling_common.torch_device),
+            }
+            inputs["labels"] = [label] * self.model_tester.batch_size
+        return inputs
 
     def test_config(self):
         self.config_tester.run_common_tests()
