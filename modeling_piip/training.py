@@ -21,7 +21,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.training_args import default_logdir
 from transformers.utils import logging
 
 from .configuration_piip import PiipConfig
@@ -125,6 +124,8 @@ class PiipTrainingArguments(TrainingArguments):
         # columns mean nothing to data that is processed on the fly
         self.remove_unused_columns = False
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        if self.label_smoothing_factor != 0:
+            raise ValueError("Use --smoothing of the classification scripts instead of --label_smoothing_factor.")
         if not self.do_train and not self.do_eval:
             raise ValueError("Nothing to do: pass --do_train, --do_eval or both.")
         if self.do_predict:
@@ -527,12 +528,12 @@ class PiipTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, PreviewCallback):
                 callback.trainer = self
-            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                # without a training it would write to the current folder
-                callback.logging_dir = os.path.join(args.output_dir, default_logdir())
+            if isinstance(callback, TensorBoardCallback) and not args.do_train:
+                # it would write to the current folder
+                callback.logging_dir = os.path.join(args.output_dir, "runs", "evaluation")
 
     def run(self) -> dict[str, float]:
-        """Trains and evaluates as `--do_train` and `--do_eval` say, writes model and results, and returns the latter."""
+        """Trains and evaluates as `--do_train` and `--do_eval` say, writes model and results, returns the latter."""
         metrics = {}
         if self.args.do_train:
             metrics = self.train(resume_from_checkpoint=self.checkpoint).metrics

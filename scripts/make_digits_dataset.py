@@ -1,16 +1,25 @@
 """Write scikit-learn's handwritten digits as a data set on disk, to try the training scripts without a download.
 
     python scripts/make_digits_dataset.py --task classification --output_dir data/digits
+    python scripts/make_digits_dataset.py --task semantic --output_dir data/digit_scenes
 
-The 1,797 digits come with scikit-learn: 8 x 8 pixels with ink values from 0 to 16. They are written white on black as
-64 x 64 RGB PNG files (bicubic), so that a person can look at them and any training script can read them. One fifth of
-every class is the test split, chosen by --seed; the same seed gives the same files, byte for byte.
+The 1,797 digits come with scikit-learn: 8 x 8 pixels with ink values from 0 to 16. One fifth of every class is held
+out, chosen by --seed; the same seed gives the same files, byte for byte.
+
+classification: every digit once, white on black, as a 64 x 64 RGB PNG file (bicubic), so that a person can look at it
+and any training script can read it. The number in a file name is the digit's place in
+`sklearn.datasets.load_digits()`. Read the folder back with `datasets.load_dataset("imagefolder", data_dir=...)`.
 
     data/digits/train/<0 ... 9>/*.png    1,437 images
     data/digits/test/<0 ... 9>/*.png       360 images
 
-The number in a file name is the digit's place in `sklearn.datasets.load_digits()`. Read the folder back with
-`datasets.load_dataset("imagefolder", data_dir="data/digits")`.
+semantic: scenes of 128 x 128 pixels, with up to seven bright digits of 32 to 72 pixels on procedural textures and on
+crops of the two photos that come with scikit-learn. Maps hold one class id per pixel: 0 for the background, and one
+more than the digit where there is ink. Held-out scenes show held-out digits.
+
+    data/digit_scenes/classes.txt                   background, 0, ..., 9: the names of the ids 0 to 10
+    data/digit_scenes/images/{train,validation}/*.jpg    1,200 and 200 images
+    data/digit_scenes/labels/{train,validation}/*.png    their maps, under the same names
 """
 
 import argparse
@@ -19,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
@@ -28,6 +37,13 @@ from modeling_piip.files import new_folder
 
 IMAGE_SIZE = 64
 TEST_FRACTION = 0.2
+
+SCENE_SIZE = 128
+NUM_SCENES = {"train": 1200, "validation": 200}
+NUM_DIGITS_PER_SCENE = (3, 7)
+DIGIT_SIZES = (32, 72)
+BACKGROUND_BRIGHTNESS = 0.6
+INK_THRESHOLD = 0.45  # share of full ink from which on a pixel belongs to a digit
 
 
 def digit_image(pixels: np.ndarray) -> Image.Image:
@@ -57,9 +73,95 @@ def write_classification(folder: Path, seed: int) -> dict[str, int]:
     return {split: len(indices) for split, indices in splits.items()}
 
 
+# Scenes
+
+
+def random_texture(rng: np.random.Generator) -> np.ndarray:
+    """Clouds, or a pattern of tilted waves, in random colours: (SCENE_SIZE, SCENE_SIZE, 3) from 0 to 255."""
+    if rng.random() < 0.5:
+        cells = rng.integers(2, 17)
+        clouds = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        return np.asarray(clouds.resize((SCENE_SIZE, SCENE_SIZE), Image.Resampling.BICUBIC), dtype=np.float64)
+    angle, wavelength = rng.uniform(0, np.pi), rng.uniform(6, 40)
+    rows, columns = np.mgrid[:SCENE_SIZE, :SCENE_SIZE]
+    phase = 2 * np.pi * (rows * np.sin(angle) + columns * np.cos(angle)) / wavelength
+    first, second = rng.uniform(0, 255, (2, 3))
+    return first + (second - first) * (0.5 + 0.5 * np.sin(phase))[:, :, None]
+
+
+def random_photo_crop(rng: np.random.Generator, photos: list[np.ndarray]) -> np.ndarray:
+    """A square out of one of the photos: (SCENE_SIZE, SCENE_SIZE, 3) from 0 to 255."""
+    photo = photos[rng.integers(len(photos))]
+    side = rng.integers(SCENE_SIZE, min(photo.shape[:2]) + 1)
+    top, left = (rng.integers(length - side + 1) for length in photo.shape[:2])
+    crop = Image.fromarray(photo[top : top + side, left : left + side])
+    return np.asarray(crop.resize((SCENE_SIZE, SCENE_SIZE), Image.Resampling.BICUBIC), dtype=np.float64)
+
+
+def random_place(rng: np.random.Generator, size: int, taken: np.ndarray) -> tuple[slice, slice] | None:
+    """A square of `size` pixels where nothing is `taken` yet; `None` if twenty tries find none."""
+    for _ in range(20):
+        top, left = rng.integers(0, SCENE_SIZE - size + 1, 2)
+        place = (slice(top, top + size), slice(left, left + size))
+        if not taken[place].any():
+            return place
+    return None
+
+
+def random_color(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
+    """A colour that is clearly brighter than the mean of `background`."""
+    luminance = np.array([0.299, 0.587, 0.114])
+    while True:
+        color = rng.uniform(0, 255, 3)
+        if (color - background.mean(axis=(0, 1))) @ luminance > 80:
+            return color
+
+
+def make_scene(
+    rng: np.random.Generator, images: np.ndarray, targets: np.ndarray, photos: list[np.ndarray]
+) -> tuple[Image.Image, Image.Image]:
+    """An RGB scene of some of the (8, 8) `images` and its map of class ids."""
+    scene = random_texture(rng) if rng.random() < 0.5 else random_photo_crop(rng, photos)
+    scene = BACKGROUND_BRIGHTNESS * scene + rng.normal(0, rng.uniform(0, 8), scene.shape)
+    labels, taken = np.zeros((SCENE_SIZE, SCENE_SIZE), dtype=np.uint8), np.zeros((SCENE_SIZE, SCENE_SIZE), dtype=bool)
+    low, high = NUM_DIGITS_PER_SCENE
+    for index in rng.integers(0, len(images), rng.integers(low, high + 1)):
+        size = int(rng.integers(DIGIT_SIZES[0], DIGIT_SIZES[1] + 1))
+        place = random_place(rng, size, taken)
+        if place is None:
+            continue
+        ink = Image.fromarray((images[index] / 16).astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
+        # one pixel of transition from background to ink
+        opacity = np.clip((np.asarray(ink) - INK_THRESHOLD) * size / 8 + 0.5, 0, 1)
+        color = random_color(rng, scene[place])
+        scene[place] += opacity[:, :, None] * (color - scene[place])
+        labels[place][opacity > 0.5] = targets[index] + 1
+        taken[place] = True
+    return Image.fromarray(scene.round().clip(0, 255).astype(np.uint8)), Image.fromarray(labels)
+
+
+def write_semantic(folder: Path, seed: int) -> dict[str, int]:
+    """Write `images/<split>/*.jpg`, `labels/<split>/*.png` and `classes.txt`, and return the number of images."""
+    digits, photos = load_digits(), load_sample_images().images
+    train, test = split_indices(digits.target, seed).values()
+    (folder / "classes.txt").write_text("\n".join(["background", *map(str, digits.target_names)]) + "\n")
+    with tqdm(total=sum(NUM_SCENES.values()), desc="Writing scenes", unit="image") as progress:
+        for split, indices in zip(NUM_SCENES, (train, test)):
+            for kind in ("images", "labels"):
+                (folder / kind / split).mkdir(parents=True)
+            rng = np.random.default_rng([seed, len(indices)])
+            for number in range(NUM_SCENES[split]):
+                scene, labels = make_scene(rng, digits.images[indices], digits.target[indices], photos)
+                scene.save(folder / "images" / split / f"scene_{number:04d}.jpg", quality=92)
+                labels.save(folder / "labels" / split / f"scene_{number:04d}.png")
+                progress.update()
+    return NUM_SCENES
+
+
 # For each --task: the function that writes its data set into an empty folder, and the script that trains on it.
 TASKS: dict[str, tuple[Callable[[Path, int], dict[str, int]], str]] = {
     "classification": (write_classification, "run_image_classification.py"),
+    "semantic": (write_semantic, "run_semantic_segmentation.py"),
 }
 
 

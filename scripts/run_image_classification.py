@@ -45,11 +45,6 @@ METRIC = Path(__file__).parent / "metrics" / "accuracy"
 class ClassificationTrainingArguments(PiipTrainingArguments):
     metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What the best model is best at."})
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.label_smoothing_factor != 0:
-            raise ValueError("Use --smoothing instead of --label_smoothing_factor: it knows mixed labels.")
-
 
 def rank_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Ids of the five most likely classes, so that evaluation does not keep the logits of all images."""

@@ -16,14 +16,14 @@ import modeling_piip
 
 ROOT = Path(__file__).parents[1]
 # What the training scripts share may need the `train` extra; every other module works with the base list.
-TRAINING_MODULES = {"data", "training"}
+TRAINING_MODULES = ("data", "training")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     # Built from a copy, because setuptools leaves a build folder beside setup.py.
     source = tmp_path_factory.mktemp("source")
-    for folder in ("modeling_piip", "configuration"):
+    for folder in ("modeling_piip", "configuration", "hub_cards"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / file).exists():
@@ -81,12 +81,14 @@ def link_distributions(folder: Path, requirements: list[Requirement]) -> None:
         ]
 
 
-def test_wheel_holds_the_package_and_the_variants_and_nothing_else(wheel):
+def test_wheel_holds_the_package_the_variants_and_their_cards_and_nothing_else(wheel):
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {f"modeling_piip/{path.name}" for path in (ROOT / "modeling_piip").glob("*.py")}
     variants = {f"modeling_piip/{path.relative_to(ROOT)}" for path in (ROOT / "configuration").glob("*/*.json")}
     assert any(name.endswith("/config.json") for name in variants)
-    assert files == modules | variants
+    cards = {f"modeling_piip/{path.relative_to(ROOT)}" for path in (ROOT / "hub_cards").glob("*.md")}
+    assert len(cards) == len(list((ROOT / "configuration").glob("*/config.json")))
+    assert files == modules | variants | cards
 
 
 def test_wheel_has_the_version_of_the_package(wheel):
@@ -95,7 +97,8 @@ def test_wheel_has_the_version_of_the_package(wheel):
 
 def test_wheel_works_with_the_base_requirements_alone(installed, tmp_path):
     link_distributions(tmp_path, base_requirements(installed))
-    modules = [path.stem for path in (ROOT / "modeling_piip").glob("[!_]*.py") if path.stem not in TRAINING_MODULES]
+    modules = [path.stem for path in (ROOT / "modeling_piip").glob("[!_]*.py")]
+    modules = [module for module in modules if not module.startswith(TRAINING_MODULES)]
     program = f"""
 import importlib, importlib.util, json, sys
 sys.path[:0] = {[str(installed), str(tmp_path)]}
@@ -103,7 +106,11 @@ for name in {sorted(modules)}:
     importlib.import_module("modeling_piip." + name)
 extras = [name for name in ("accelerate", "datasets", "scipy", "pytest") if importlib.util.find_spec(name)]
 import modeling_piip
-print(json.dumps([extras, modeling_piip.PiipConfig.list_variants(), modeling_piip.__file__]))
+from modeling_piip.model_cards import read_variant_card
+variants = modeling_piip.PiipConfig.list_variants()
+for variant in variants:
+    read_variant_card(variant)
+print(json.dumps([extras, variants, modeling_piip.__file__]))
 """
     # -I -S: no site-packages and no current folder, so nothing but the standard library and the two folders above.
     result = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True)

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from modeling_piip import PiipBranchConfig, PiipConfig, PiipForImageClassification
+from modeling_piip import PiipBranchConfig, PiipConfig, PiipForImageClassification, training_loop
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -216,7 +216,7 @@ def test_loop_resumes_exactly_after_a_kill(config, digits, tmp_path):
     killed[killed.index("--max_train_steps") + 1] = "3"
     with pytest.MonkeyPatch.context() as patch:
         # killed while it evaluates, right after the checkpoint
-        patch.setattr(no_trainer_script, "get_scheduler", schedule_of(6))
+        patch.setattr(training_loop, "get_scheduler", schedule_of(6))
         patch.setattr(no_trainer_script, "evaluate_model", kill)
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(KeyboardInterrupt):
@@ -233,7 +233,7 @@ def kill(*args):
 
 
 def schedule_of(max_steps):
-    original = no_trainer_script.get_scheduler
+    original = training_loop.get_scheduler
     return lambda name, optimizer, warmup_steps, _: original(name, optimizer, warmup_steps, max_steps)
 
 

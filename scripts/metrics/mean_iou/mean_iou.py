@@ -49,6 +49,7 @@ class MeanIoU(evaluate.Metric):
         self.confusion_matrix = torch.zeros(self.num_labels, self.num_labels, dtype=torch.int64)
 
     def add_batch(self, *, predictions, references):
+        """Counts the pixels of several maps."""
         for prediction, reference in zip(predictions, references, strict=True):
             prediction, reference = torch.as_tensor(prediction), torch.as_tensor(reference)
             if prediction.shape != reference.shape:
@@ -68,9 +69,11 @@ class MeanIoU(evaluate.Metric):
             self.confusion_matrix += counts.view_as(self.confusion_matrix).cpu()
 
     def add(self, *, prediction, reference):
+        """Counts the pixels of one map."""
         self.add_batch(predictions=[prediction], references=[reference])
 
     def compute(self, *, predictions=None, references=None) -> dict[str, float | list[float]]:
+        """Results of all maps since the last call, and of those that are passed."""
         if predictions is not None:
             self.add_batch(predictions=predictions, references=references)
         confusion_matrix = self.confusion_matrix.double().numpy()
