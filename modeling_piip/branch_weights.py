@@ -1,7 +1,7 @@
 # Copyright 2026 The PIIP for Transformers authors. MIT license.
 """
-Starting the branches of a PIIP network from pretrained single Vision Transformers: the branches come from public
-checkpoints, everything else is new.
+Starting the branches of a PIIP network from pretrained single networks (Vision Transformers, BEiT, Uni-Perceiver,
+ConvNeXt): the branches come from public checkpoints, everything else is new.
 """
 
 import argparse
@@ -34,6 +34,8 @@ logger = logging.get_logger(__name__)
 PATCH_KERNEL = "embeddings.patch_embeddings.weight"
 POSITION_TABLE = "embeddings.position_embeddings"
 CLS_TOKEN = "embeddings.cls_token"
+VIDEO_TABLE = "embeddings.temporal_embeddings"
+BIAS_TABLE = ".attention.relative_position_bias.table"
 
 # Names without ".weight" and ".bias"; "*" is the index of the layer. timm's names are also those of the official DeiT,
 # DeiT III (gamma_1, gamma_2), MAE and DINOv2 files and of the AugReg and InternViT-6B files of the official PIIP code.
@@ -53,6 +55,9 @@ TIMM_NAMES = {
     "blocks.*.mlp.fc2": "layers.*.mlp.fc2",
     "blocks.*.ls2.gamma": "layers.*.layer_scale2.weight",
     "blocks.*.gamma_2": "layers.*.layer_scale2.weight",
+    "blocks.*.attn.q_bias": "layers.*.attention.q_bias",
+    "blocks.*.attn.v_bias": "layers.*.attention.v_bias",
+    "blocks.*.attn.relative_position_bias_table": "layers.*.attention.relative_position_bias.table",
 }
 # ViT, DeiT, ViTMAE (layernorm_before ...) and DINOv2 (norm1 ...), in the spelling of the classes and in that of the
 # files. Separate queries, keys and values are fused afterwards.
@@ -78,31 +83,70 @@ TRANSFORMERS_NAMES = {
     "layers.*.output.dense": "layers.*.mlp.fc2",
     "layers.*.mlp.fc2": "layers.*.mlp.fc2",
     "layers.*.layer_scale2.lambda1": "layers.*.layer_scale2.weight",
+    "layers.*.lambda_1": "layers.*.layer_scale1.weight",
+    "layers.*.lambda_2": "layers.*.layer_scale2.weight",
+    "layers.*.relative_position_bias.relative_position_bias_table": "layers.*.attention.relative_position_bias.table",
+    "layers.*.attention.attention.relative_position_bias.relative_position_bias_table": (
+        "layers.*.attention.relative_position_bias.table"
+    ),
 }
-SOURCE_NAMES = {**TIMM_NAMES, **TRANSFORMERS_NAMES}
+# The files that the official PIIP code starts from
+UNI_PERCEIVER_NAMES = {
+    "visual_embed.patch_embed.proj": "embeddings.patch_embeddings",
+    "visual_embed.patch_embed.spatial_pos_embed.weight": POSITION_TABLE,
+    "visual_embed.patch_embed.temporal_pos_embed.weight": VIDEO_TABLE,
+    "visual_embed.embeddings_norm": "embeddings.norm",
+    "layers.*.self_attn.in_proj": "layers.*.attention.qkv",
+    "layers.*.self_attn.out_proj": "layers.*.attention.projection",
+    "layers.*.linear1": "layers.*.mlp.fc1",
+    "layers.*.linear2": "layers.*.mlp.fc2",
+    "layers.*.gamma_1": "layers.*.layer_scale1.weight",
+    "layers.*.gamma_2": "layers.*.layer_scale2.weight",
+}
+SOURCE_NAMES = {**TIMM_NAMES, **TRANSFORMERS_NAMES, **UNI_PERCEIVER_NAMES}
+# timm and Transformers; the stages become one list of layers, see `flatten_convnext_stages`
+CONVNEXT_NAMES = {
+    "stem.0": "embeddings.patch_embeddings",
+    "stem.1": "embeddings.norm",
+    "embeddings.patch_embeddings": "embeddings.patch_embeddings",
+    "embeddings.layernorm": "embeddings.norm",
+    "layers.*.0": "layers.*.norm",
+    "layers.*.1": "layers.*.conv",
+    "layers.*.conv_dw": "layers.*.depthwise_conv",
+    "layers.*.norm": "layers.*.norm",
+    "layers.*.mlp.fc1": "layers.*.fc1",
+    "layers.*.mlp.fc2": "layers.*.fc2",
+    "layers.*.gamma": "layers.*.layer_scale.weight",
+    "layers.*.dwconv": "layers.*.depthwise_conv",
+    "layers.*.layernorm": "layers.*.norm",
+    "layers.*.pwconv1": "layers.*.fc1",
+    "layers.*.pwconv2": "layers.*.fc2",
+    "layers.*.layer_scale_parameter": "layers.*.layer_scale.weight",
+}
 
 # Prefixes of heads and wrappers around the ViT
-WRAPPERS = re.compile(r"^((module|_orig_mod|backbone|vit|deit|dinov2|dinov2_with_registers)\.)+")
+WRAPPERS = re.compile(r"^((module|_orig_mod|backbone|beit|convnext|deit|dinov2|dinov2_with_registers|vit)\.)+")
 # What follows the layers, and tokens that no branch has
 UNUSED = re.compile(
     r"(norm|fc_norm|layernorm|pooler|attn_pool|clip_projector|head|head_dist|\w*classifier|decoder\w*)(\.|$)"
     r"|(embeddings\.)?(dist|distillation|reg|register|mask)_tokens?$"
+    r"|.*relative_position_index$"
 )
 # A source may lack these: new gains are reported, new biases are zero, and a new class token learns its part.
-OPTIONAL = re.compile(rf"{CLS_TOKEN}|embeddings\.patch_embeddings\.bias|.*\.(qkv\.bias|layer_scale[12]\.weight)")
+OPTIONAL = re.compile(rf"{CLS_TOKEN}|embeddings\.patch_embeddings\.bias|.*\.(qkv\.bias|layer_scale[12]?\.weight)")
 
-TIMM_MODULES = ["vision_transformer", "deit"]
-MODEL_TYPES = ["deit", "dinov2", "dinov2_with_registers", "vit", "vit_mae"]
+TIMM_MODULES = ["vision_transformer", "deit", "beit", "convnext"]
+MODEL_TYPES = ["beit", "convnext", "deit", "dinov2", "dinov2_with_registers", "vit", "vit_mae"]
 FILE_SUFFIXES = [".bin", ".pt", ".pth", ".safetensors"]
 ACCEPTED_SOURCES = (
-    "A source is the timm name of a plain ViT ('vit_tiny_patch16_224.augreg_in21k', 'deit_small_patch16_224'), a "
+    "A source is the timm name of a plain ViT, BEiT or ConvNeXt ('vit_tiny_patch16_224.augreg_in21k'), a "
     f"folder or Hub id of a Transformers checkpoint ({', '.join(MODEL_TYPES)}), a local file "
     f"({', '.join(FILE_SUFFIXES)}) or None, which leaves the branch at its initialization."
 )
 
 
 def load_branches(model: PreTrainedModel, sources: list[str | os.PathLike | None]):
-    """Loads one pretrained ViT into each branch of a freshly initialized PIIP model, with or without a head."""
+    """Loads one pretrained network into each branch of a freshly initialized PIIP model, with or without a head."""
     branches = model.config.branches
     if isinstance(sources, (str, os.PathLike)) or len(sources) != len(branches):
         raise ValueError(
@@ -125,8 +169,9 @@ def load_branch(module: nn.Module, branch: PiipBranchConfig, source: str | os.Pa
     if source is None:
         return "no source, left at its initialization"
     source_weights, num_heads = read_source(os.fspath(source))
-    weights, unused = rename_weights(source_weights)
+    weights, unused = rename_weights(source_weights, branch)
     fuse_query_key_value(weights)
+    add_video_row(weights)
     if not branch.use_cls_token and weights.pop(CLS_TOKEN, None) is not None:
         unused.append("cls_token")
     resized = resize_embeddings(weights, branch, count_prefix_tokens(source_weights))
@@ -151,7 +196,8 @@ def read_source(source: str) -> tuple[dict[str, torch.Tensor], int | None]:
     name = source.removeprefix("hf-hub:").removeprefix("timm/")
     if is_timm_vit(name):
         model = timm.create_model(name, pretrained=True, num_classes=0)
-        return model.state_dict(), getattr(getattr(model.blocks[0], "attn", None), "num_heads", None)
+        blocks = getattr(model, "blocks", [None])
+        return model.state_dict(), getattr(getattr(blocks[0], "attn", None), "num_heads", None)
     if name == source and "/" in source and path.suffix not in FILE_SUFFIXES:
         return read_transformers_checkpoint(source)
     raise ValueError(f"there is no such source. {suggest_names(name)}{ACCEPTED_SOURCES}")
@@ -197,32 +243,52 @@ def read_transformers_checkpoint(source: str) -> tuple[dict[str, torch.Tensor], 
     except (OSError, ValueError) as error:
         raise ValueError(f"it is not a Transformers checkpoint: {error}\n{ACCEPTED_SOURCES}") from error
     if config.model_type not in MODEL_TYPES:
-        raise ValueError(f"`{config.model_type}` models are no plain ViTs. {ACCEPTED_SOURCES}")
+        raise ValueError(f"`{config.model_type}` models fit no branch. {ACCEPTED_SOURCES}")
     model, info = AutoModel.from_pretrained(source, output_loading_info=True)
     # what the checkpoint lacks has just been initialized: that is no pretrained weight
     weights = {name: value for name, value in model.state_dict().items() if name not in info["missing_keys"]}
-    return weights, config.num_attention_heads
+    return weights, getattr(config, "num_attention_heads", None)
 
 
-def rename_weights(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+def rename_weights(
+    weights: dict[str, torch.Tensor], branch: PiipBranchConfig
+) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Weights under our names, and the names of what a branch leaves out."""
+    is_convnext = branch.architecture == "convnext"
+    names = CONVNEXT_NAMES if is_convnext else SOURCE_NAMES
     renamed, unused, unknown = {}, [], []
     for key, value in weights.items():
         key = WRAPPERS.sub("", key)
-        module, leaf = re.fullmatch(r"(.+?)(\.weight|\.bias)?", key.replace("encoder.layer.", "layers.")).groups("")
-        index = re.search(r"\.(\d+)\.", module)
-        name = SOURCE_NAMES.get(re.sub(r"\.\d+\.", ".*.", module, count=1))
+        flat = flatten_convnext_stages(key, branch.depths) if is_convnext else key.replace("encoder.layer.", "layers.")
+        module, leaf = re.fullmatch(r"(.+?)(\.weight|\.bias)?", flat).groups("")
+        index = re.search(r"(?<=layers\.)\d+|(?<=blocks\.)\d+", module)
+        pattern = re.sub(r"(layers|blocks)\.\d+", r"\1.*", module, count=1)
+        # tables of positions are embeddings in some sources: their ".weight" is not a leaf here
+        name = names.get(pattern) or names.get(pattern + leaf)
         if name is not None:
-            renamed[name.replace("*", index.group(1) if index else "") + leaf] = value
+            leaf = "" if pattern + leaf in names else leaf
+            renamed[name.replace("*", index.group() if index else "") + leaf] = value
         elif match := UNUSED.match(key):
             unused.append(match.group().rstrip("."))
         else:
             unknown.append(f"`{key}` has no place in a branch")
-    if POSITION_TABLE not in renamed:
+    if branch.position_embedding_type == "absolute" and POSITION_TABLE not in renamed:
         unknown.append("it has no learned table of absolute positions")
     if unknown:
-        raise ValueError(f"it is no plain ViT.{list_first(unknown)}\n{ACCEPTED_SOURCES}")
+        raise ValueError(f"it is no network for this branch.{list_first(unknown)}\n{ACCEPTED_SOURCES}")
     return renamed, unused
+
+
+def flatten_convnext_stages(key: str, depths: list[int]) -> str:
+    """Blocks of all stages in one list, each downsampling layer in front of its stage, as in `PiipConvNextBranch`."""
+    pattern = r"(?:encoder\.)?stages\.(\d+)\.(?:(downsample|downsampling_layer)|(?:blocks|layers)\.(\d+))\."
+
+    def flatten(match: re.Match) -> str:
+        stage = int(match[1])
+        first = sum(depths[:stage]) + max(stage - 1, 0)
+        return f"layers.{first if match[2] else first + (stage > 0) + int(match[3])}."
+
+    return re.sub(pattern, flatten, key)
 
 
 def fuse_query_key_value(weights: dict[str, torch.Tensor]):
@@ -231,6 +297,17 @@ def fuse_query_key_value(weights: dict[str, torch.Tensor]):
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(part in weights for part in parts):
             weights[name.replace(".query.", ".qkv.")] = torch.cat([weights.pop(part) for part in parts])
+        elif name.endswith(".bias") and parts[2] in weights:
+            # BEiT has no bias for keys
+            weights[name.replace("query.bias", "q_bias")] = weights.pop(name)
+            weights[name.replace("query.bias", "v_bias")] = weights.pop(parts[2])
+
+
+def add_video_row(weights: dict[str, torch.Tensor]):
+    """Uni-Perceiver adds the first row of a table for video frames to every patch of an image; in place."""
+    table = weights.get(POSITION_TABLE)
+    if table is not None and table.ndim == 2:
+        weights[POSITION_TABLE] = (table + weights.pop(VIDEO_TABLE)[0]).unsqueeze(0)
 
 
 def count_prefix_tokens(weights: dict[str, torch.Tensor]) -> int:
@@ -242,17 +319,35 @@ def count_prefix_tokens(weights: dict[str, torch.Tensor]) -> int:
 def resize_embeddings(weights: dict[str, torch.Tensor], branch: PiipBranchConfig, num_prefix_tokens: int) -> list[str]:
     """Fits position table and patch kernel to a branch, in place, and says what changed."""
     changes = []
-    table_map = position_table_to_map(weights[POSITION_TABLE], num_prefix_tokens)
-    grid = branch.position_embedding_grid
-    weights[POSITION_TABLE] = resize_bicubic(table_map, grid).flatten(2).transpose(1, 2)
-    if table_map.shape[-1] != grid:
-        changes.append(f"position grid {table_map.shape[-1]} -> {grid}")
+    if branch.position_embedding_type == "absolute":
+        table_map = position_table_to_map(weights[POSITION_TABLE], num_prefix_tokens)
+        grid = branch.position_embedding_grid
+        weights[POSITION_TABLE] = resize_bicubic(table_map, grid).flatten(2).transpose(1, 2)
+        if table_map.shape[-1] != grid:
+            changes.append(f"position grid {table_map.shape[-1]} -> {grid}")
+    if branch.position_embedding_type == "relative":
+        changes += resize_bias_tables(weights, branch)
     kernel = weights.get(PATCH_KERNEL)
     if kernel is not None and kernel.ndim == 4:
         weights[PATCH_KERNEL] = resize_bicubic(kernel, branch.patch_size)
         if kernel.shape[-1] != branch.patch_size:
             changes.append(f"patch size {kernel.shape[-1]} -> {branch.patch_size}")
     return changes
+
+
+def resize_bias_tables(weights: dict[str, torch.Tensor], branch: PiipBranchConfig) -> list[str]:
+    """Fits the relative position biases to the windows of a branch, in place; entries of a class token are dropped."""
+    changes = []
+    for index, window_size in enumerate(branch.window_sizes):
+        table = weights.get(f"layers.{index}{BIAS_TABLE}")
+        if table is None:
+            continue
+        side, new_side = math.isqrt(len(table)), 2 * window_size - 1
+        table_map = table[: side**2].transpose(0, 1).unflatten(1, (side, side)).unsqueeze(0)
+        weights[f"layers.{index}{BIAS_TABLE}"] = resize_bicubic(table_map, new_side)[0].flatten(1).transpose(0, 1)
+        if side != new_side:
+            changes.append(f"window {(side + 1) // 2} -> {window_size}")
+    return list(dict.fromkeys(changes))
 
 
 def position_table_to_map(table: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
@@ -310,7 +405,7 @@ def suggest_options(weights: dict[str, torch.Tensor], num_heads: int | None, bra
         "num_hidden_layers": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers.")),
         "num_attention_heads": num_heads or branch.num_attention_heads,
         "mlp_ratio": len(mlp) / width,
-        "qkv_bias": "layers.0.attention.qkv.bias" in weights,
+        "qkv_bias": "qv" if "layers.0.attention.q_bias" in weights else "layers.0.attention.qkv.bias" in weights,
         "qk_norm": "layers.0.attention.q_norm.weight" in weights,
         "norm_type": "layernorm" if "layers.0.norm1.bias" in weights else "rmsnorm",
     }

@@ -849,7 +849,7 @@ class PiipPreTrainedModel(PreTrainedModel):
         cls, config: PiipConfig, sources: list[str | os.PathLike | None]
     ) -> "PiipPreTrainedModel":
         r"""
-        A model whose branches start from pretrained single Vision Transformers; everything else is new. Position
+        A model whose branches start from pretrained single networks; everything else is new. Position
         tables and patch kernels are resized bicubically. A warning tells what was used and what was left new.
 
         Args:
@@ -857,9 +857,10 @@ class PiipPreTrainedModel(PreTrainedModel):
                 Architecture. A branch must have the width, depth, heads and MLP of its source. Where the source has
                 no layer scale, `layer_scale_init_value=1.0` (or `None`) makes the branch begin as the source.
             sources (`list[str | os.PathLike | None]`):
-                One per branch, in the order of `config.branches`: the timm name of a plain ViT, a folder or Hub id of
-                a Transformers ViT, DeiT, ViTMAE, Dinov2 or Dinov2WithRegisters, a local `.safetensors`, `.pth`, `.pt`
-                or `.bin` file, or `None` to leave the branch at its initialization.
+                One per branch, in the order of `config.branches`: the timm name of a plain ViT, BEiT or ConvNeXt, a
+                folder or Hub id of a Transformers ViT, DeiT, ViTMAE, Dinov2, Dinov2WithRegisters, Beit or ConvNext, a
+                local `.safetensors`, `.pth`, `.pt` or `.bin` file (also of Uni-Perceiver), or `None` to leave the
+                branch at its initialization.
 
         Raises:
             ValueError: If a source is unknown or does not fit its branch; the message names weights and remedy.

@@ -1,15 +1,20 @@
 import argparse
 import logging
+from functools import partial
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.layers import GluMlp
 from timm.models.vision_transformer import VisionTransformer
 from transformers import (
+    BeitConfig,
+    BeitModel,
     BertConfig,
+    ConvNextConfig,
+    ConvNextModel,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
     Dinov2Config,
@@ -24,6 +29,9 @@ from transformers import (
 )
 
 from modeling_piip import PiipBackbone, PiipBranchConfig, PiipConfig, PiipForImageClassification, PiipModel
+from modeling_piip.conversion import convert_config, convert_state_dict
+
+from .goldens import CASES, build_official_weights, get_official_config
 
 
 IMAGE_SIZE, PATCH_SIZE, WIDTH, DEPTH, HEADS = 32, 8, 32, 2, 2
@@ -399,11 +407,21 @@ def test_number_of_heads_must_agree_where_it_is_known(no_download, tmp_path):
             "`layers.0.norm1.bias` has no place in this branch",
             "Set norm_type='layernorm' in",
         ),
-        ({"pre_norm": True}, {}, "no plain ViT.*`norm_pre.weight` has no place in a branch", "A source is"),
+        (
+            {"pre_norm": True},
+            {},
+            "no network for.*`norm_pre.weight` has no place in a branch",
+            "A source is",
+        ),
         ({"mlp_layer": GluMlp}, {}, r"`layers.0.mlp.fc2.weight` .*\(32, 64\).*\(32, 128\)", "Choose another source"),
         ({"in_chans": 1}, {}, r"\(32, 1, 8, 8\) in the source and \(32, 3, 8, 8\) in the branch", "another source"),
         ({"img_size": (56, 112)}, {}, r"\(1, 99, 32\) is no square grid of patches", "square images"),
-        ({"pos_embed": "none"}, {}, "no plain ViT.*it has no learned table of absolute positions", "A source is"),
+        (
+            {"pos_embed": "none"},
+            {},
+            "no network for.*it has no learned table of absolute positions",
+            "A source is",
+        ),
     ],
 )
 def test_misfits_name_branch_weight_shapes_and_remedy(save, source_options, branch_options, message, remedy):
@@ -417,19 +435,19 @@ def test_misfits_name_branch_weight_shapes_and_remedy(save, source_options, bran
     "name, options, reason",
     [
         ("resnet18", {}, "`conv1.weight` has no place in a branch"),
-        ("beit_base_patch16_224", {"depth": 1}, "`blocks.0.attn.q_bias` has no place in a branch"),
+        ("beit_base_patch16_224", {"depth": 1}, "it has no learned table of absolute positions"),
         ("vit_small_patch16_dinov3", {"depth": 1}, "it has no learned table of absolute positions"),
     ],
 )
 def test_files_of_other_architectures_are_refused(save, name, options, reason):
     weights = timm.create_model(name, pretrained=False, **options).state_dict()
-    with pytest.raises(ValueError, match=f"is no plain ViT.\n.*{reason}"):
+    with pytest.raises(ValueError, match=f"is no network for this branch.\n.*{reason}"):
         load(save(weights))
 
 
 def test_transformers_models_of_other_types_are_refused(tmp_path):
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`bert` models are no plain ViTs.*dinov2_with_registers, vit, vit_mae"):
+    with pytest.raises(ValueError, match="`bert` models fit no branch.*dinov2_with_registers, vit, vit_mae"):
         load(tmp_path)
 
 
@@ -508,3 +526,132 @@ def test_report_tells_what_was_used_and_what_is_new(save, caplog):
     assert "patch size 14 -> 8; left new: layer_scale1.weight, layer_scale2.weight; not used: norm, head" in first
     assert second == "  branch 1 (image size 32): no source, left at its initialization"
     assert new == "  new, to be trained: classifiers, interactions"
+
+
+# BEiT, Uni-Perceiver and ConvNeXt: the tokens of our branch equal those of the source
+
+
+def build_branch(branch, source):
+    config = PiipConfig(branches=[branch], merge_type="concat", classification_head="merged")
+    return PiipModel.from_pretrained_branches(config, [source]).eval()
+
+
+BEIT_BRANCH = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "qkv_bias": "qv",
+    "layer_scale_init_value": 0.1,
+    "position_embedding_type": "relative",
+    "window_size": 4,
+}
+
+
+def test_timm_beit_gives_the_same_tokens(tmp_path):
+    options = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1, "num_classes": 0}
+    source = randomize(timm.models.beit.Beit(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, **options))
+    torch.save(source.state_dict(), tmp_path / "beit.pth")
+    model = build_branch(PiipBranchConfig(**BEIT_BRANCH), tmp_path / "beit.pth")
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = source.patch_embed(pixel_values)
+        # without its class token, which no branch with windows has, and so without the biases towards it
+        for block in source.blocks:
+            block.attn._get_rel_pos_bias = partial(drop_class_token_bias, block.attn)
+            tokens = block(tokens)
+        ours = model(pixel_values).branch_hidden_states[0]
+    torch.testing.assert_close(ours, tokens, rtol=1e-4, atol=1e-4)
+
+
+def drop_class_token_bias(attention):
+    index = attention.relative_position_index[1:, 1:]
+    size = len(index)
+    return attention.relative_position_bias_table[index.flatten()].view(size, size, -1).permute(2, 0, 1).unsqueeze(0)
+
+
+def test_transformers_beit_loads_its_weights(tmp_path):
+    config = BeitConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        use_relative_position_bias=True,
+    )
+    source = randomize(BeitModel(config))
+    source.save_pretrained(tmp_path)
+    branch = build_branch(PiipBranchConfig(**BEIT_BRANCH), tmp_path).branches[0]
+    saved = load_file(tmp_path / "model.safetensors")
+    prefix = "encoder.layer.1."
+    table = saved[f"{prefix}attention.attention.relative_position_bias.relative_position_bias_table"]
+    torch.testing.assert_close(branch.layers[1].attention.relative_position_bias.table.data, table[:-3])
+    torch.testing.assert_close(branch.layers[1].layer_scale2.weight.data, saved[f"{prefix}lambda_2"])
+    torch.testing.assert_close(
+        branch.layers[1].attention.q_bias.data, saved[f"{prefix}attention.attention.query.bias"]
+    )
+    torch.testing.assert_close(
+        branch.layers[1].attention.v_bias.data, saved[f"{prefix}attention.attention.value.bias"]
+    )
+
+
+def test_relative_position_biases_are_resized_to_the_window(tmp_path):
+    options = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1, "num_classes": 0}
+    source = randomize(timm.models.beit.Beit(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, **options))
+    torch.save(source.state_dict(), tmp_path / "beit.pth")
+    model = build_branch(PiipBranchConfig(**(BEIT_BRANCH | {"window_size": 6})), tmp_path / "beit.pth")
+    table = source.blocks[0].attn.relative_position_bias_table.data[:-3].T.reshape(1, 2, 7, 7)
+    expected = torch.nn.functional.interpolate(table, size=(11, 11), mode="bicubic", align_corners=False)
+    resized = model.branches[0].layers[0].attention.relative_position_bias.table.data
+    torch.testing.assert_close(resized, expected[0].flatten(1).T)
+
+
+def build_convnext_branch():
+    return PiipBranchConfig(
+        architecture="convnext",
+        image_size=64,
+        depths=[1, 1, 2, 1],
+        hidden_sizes=[8, 16, 24, 32],
+        layer_scale_init_value=1e-6,
+        stages=[1, 2, 3, 2],
+    )
+
+
+def test_timm_convnext_gives_the_same_map(tmp_path):
+    source = randomize(timm.models.convnext.ConvNeXt(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=0))
+    torch.save(source.state_dict(), tmp_path / "convnext.pth")
+    model = build_branch(build_convnext_branch(), tmp_path / "convnext.pth")
+    pixel_values = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = source.stages(source.stem(pixel_values))
+        ours = model(pixel_values).merged_feature_maps[-1]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_transformers_convnext_gives_the_same_map(tmp_path):
+    config = ConvNextConfig(depths=[1, 1, 2, 1], hidden_sizes=[8, 16, 24, 32])
+    source = randomize(ConvNextModel(config))
+    source.save_pretrained(tmp_path)
+    model = build_branch(build_convnext_branch(), tmp_path)
+    pixel_values = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = source(pixel_values).last_hidden_state
+        ours = model(pixel_values).merged_feature_maps[-1]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_uni_perceiver_file_gives_the_converted_branch(tmp_path):
+    """The same official weights once as a single network and once converted with the whole pyramid."""
+    case = CASES["det_tiny_uniperceiver"]
+    weights = build_official_weights(case)
+    config, model_class = convert_config(get_official_config(case), "detection", weights)
+    with torch.device("meta"):
+        expected, _ = convert_state_dict(weights, model_class(config))
+    single = {name.removeprefix("branch1."): value for name, value in weights.items() if name.startswith("branch1.")}
+    torch.save(single, tmp_path / "uni_perceiver.pth")
+    branch = build_branch(config.branches[-1], tmp_path / "uni_perceiver.pth").branches[0]
+    prefix = f"piip.branches.{len(config.branches) - 1}."
+    for name, value in branch.state_dict().items():
+        torch.testing.assert_close(value, expected[prefix + name], msg=name)
