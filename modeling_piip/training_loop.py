@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, broadcast
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -225,6 +225,8 @@ def run_training_loop(
         progress.batch = 0
 
         unwrapped = (accelerator.unwrap_model(model) if ema is None else ema.module).eval()
+        # statistics of batch norm differ between processes, where it is not synchronized
+        broadcast(list(unwrapped.buffers()))
         with torch.no_grad():
             progress.results = evaluate_model(unwrapped, eval_dataloader)
         accelerator.log(progress.results, step=progress.step)
