@@ -25,6 +25,7 @@ EXTRAS = {
         "datasets",
         "evaluate",
         "faster-coco-eval",
+        "matplotlib",
         "pyyaml",
         "scikit-learn",
         "scipy",
@@ -32,7 +33,7 @@ EXTRAS = {
         "tqdm",
     ],
     # parameterized is needed by Transformers' common tests; setuptools builds the wheel that a test looks into.
-    "test": ["packaging", "parameterized", "pytest>=9", "pytest-xdist", "setuptools>=77"],
+    "test": ["packaging", "parameterized", "pycocotools", "pytest>=9", "pytest-xdist", "setuptools>=77"],
 }
 # ruff is held to one minor version, because the next one may format the same code differently.
 EXTRAS["dev"] = EXTRAS["train"] + EXTRAS["test"] + ["ruff>=0.17,<0.18"]

@@ -42,7 +42,8 @@ AutoModelForImageClassification.register(PiipConfig, PiipForImageClassification)
 AutoModelForInstanceSegmentation.register(PiipConfig, PiipForInstanceSegmentation)
 # The pipeline tries this class first, whatever the kind of segmentation: `architectures` of the checkpoint chooses.
 AutoModelForImageSegmentation.register(PiipConfig, (PiipForInstanceSegmentation, PiipForSemanticSegmentation))
-AutoModelForObjectDetection.register(PiipConfig, PiipForObjectDetection)
+# Mask R-CNN finds boxes too
+AutoModelForObjectDetection.register(PiipConfig, (PiipForObjectDetection, PiipForInstanceSegmentation))
 AutoModelForSemanticSegmentation.register(PiipConfig, PiipForSemanticSegmentation)
 AutoImageProcessor.register(
     PiipConfig, image_processor_classes={"torchvision": PiipImageProcessor, "pil": PiipImageProcessorPil}

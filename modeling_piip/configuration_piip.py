@@ -594,7 +594,8 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of the layer norms outside the branches.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the truncated normal distribution of new linear layers and tables.
+            Standard deviation of the truncated normal distribution of new linear layers, classifiers and tables. Small
+            models that are trained from scratch learn much sooner with 0.1.
         out_features (`list[str]`, *optional*):
             Levels that the feature pyramid returns, among `"p2"`, `"p3"`, `"p4"` and `"p5"`: strides 4, 8, 16 and 32
             for a patch size of 16. Defaults to all. Modules of other levels are not built.

@@ -1,11 +1,89 @@
 # Copyright 2026 The PIIP for Transformers authors. MIT license.
-"""Multi-scale deformable attention (https://arxiv.org/abs/2010.04159) in plain PyTorch."""
+"""
+Multi-scale deformable attention (https://arxiv.org/abs/2010.04159) in plain PyTorch. On GPUs the kernels of
+deformable_attention_triton.py replace it where they can run.
+"""
 
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import logging
+
+from .linear import PiipLinear
+
+
+try:
+    from .deformable_attention_triton import attend, find_obstacle
+except ImportError as error:
+    # Triton is optional, and not made for every platform
+    attend, import_error = None, error
+
+
+logger = logging.get_logger(__name__)
+
+
+@torch.compiler.assume_constant_result
+def can_use_triton() -> bool:
+    """Whether the kernels can run on the current GPU. If not, the log says why, once."""
+    obstacle = import_error if attend is None else find_obstacle()
+    if obstacle is not None:
+        logger.warning_once(f"Deformable attention runs in plain PyTorch instead of its faster kernels: {obstacle}.")
+    return obstacle is None
+
+
+def is_for_triton(value: torch.Tensor) -> bool:
+    """The kernels have no float64, and add up the gradient of values in any order."""
+    return (
+        value.is_cuda
+        and value.dtype != torch.float64
+        and not torch.are_deterministic_algorithms_enabled()
+        and can_use_triton()
+    )
+
+
+def check_levels(value: torch.Tensor, spatial_shapes: list[tuple[int, int]], places: torch.Tensor, name: str):
+    num_values, num_cells = value.shape[1], sum(height * width for height, width in spatial_shapes)
+    if num_cells != num_values or len(spatial_shapes) != places.shape[3]:
+        raise ValueError(
+            f"`spatial_shapes` {spatial_shapes} describe {num_cells} cells on {len(spatial_shapes)} levels, but "
+            f"`value` has {num_values} cells and `{name}` {places.shape[3]} levels."
+        )
+
+
+def sample_levels(
+    value: torch.Tensor, spatial_shapes: list[tuple[int, int]], grids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """
+    Weighted sum of bilinear samples. `grids` `(batch_size, num_heads, num_levels, num_points, 2, num_queries)` are in
+    -1..1 and, as `weights` `(batch_size, num_heads, num_levels, num_points, num_queries)`, contiguous with the queries
+    last: `F.grid_sample` is several times faster with points as rows and queries as columns of its output, and reads
+    x and y as two planes without a copy.
+    """
+    batch_size, _, num_heads, head_dim = value.shape
+    num_queries = grids.shape[5]
+    lengths = [height * width for height, width in spatial_shapes]
+    # (batch_size * num_heads, sum(height * width), head_dim): the channels of a head stay side by side in memory
+    value_levels = value.to(grids.dtype).transpose(1, 2).flatten(0, 1).split(lengths, dim=1)
+    output = grids.new_zeros(())
+    for level, ((height, width), level_value) in enumerate(zip(spatial_shapes, value_levels)):
+        feature_map = level_value.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        # (batch_size * num_heads, num_points, num_queries, 2)
+        grid = grids[:, :, level].flatten(0, 1).transpose(2, 3)
+        samples = F.grid_sample(feature_map, grid, align_corners=False)
+        weight = weights[:, :, level].flatten(0, 1).unsqueeze(1)
+        # point by point, because a product of all samples would be as large as the samples
+        for point_samples, point_weight in zip(samples.unbind(dim=2), weight.unbind(dim=2)):
+            output = torch.addcmul(output, point_samples, point_weight)
+    # (batch_size * num_heads, head_dim, num_queries) -> (batch_size, num_queries, num_heads * head_dim)
+    output = output.reshape(batch_size, num_heads * head_dim, num_queries).transpose(1, 2)
+    return output.to(value.dtype)
+
+
+def queries_last(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`(batch_size, num_queries, ...)` to contiguous `(batch_size, ..., num_queries)`."""
+    return tensor.movedim(1, -1).contiguous().to(dtype)
 
 
 def multi_scale_deformable_attention(
@@ -36,37 +114,66 @@ def multi_scale_deformable_attention(
     Raises:
         ValueError: If `spatial_shapes` do not cover `value` or the levels of `sampling_locations`.
     """
-    batch_size, num_values, num_heads, head_dim = value.shape
-    num_queries, num_levels = sampling_locations.shape[1], sampling_locations.shape[3]
-    lengths = [height * width for height, width in spatial_shapes]
-    if sum(lengths) != num_values or len(lengths) != num_levels:
-        raise ValueError(
-            f"`spatial_shapes` {spatial_shapes} describe {sum(lengths)} cells on {len(lengths)} levels, but `value` "
-            f"has {num_values} cells and `sampling_locations` {num_levels} levels."
-        )
+    check_levels(value, spatial_shapes, sampling_locations, "sampling_locations")
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    grids = 2 * queries_last(sampling_locations, dtype) - 1
+    return sample_levels(value, spatial_shapes, grids, queries_last(attention_weights, dtype))
+
+
+def attend_around_references(
+    value: torch.Tensor,
+    spatial_shapes: list[tuple[int, int]],
+    reference_points: torch.Tensor,
+    sampling_offsets: torch.Tensor,
+    attention_logits: torch.Tensor,
+) -> torch.Tensor:
+    r"""
+    `multi_scale_deformable_attention` from what a network predicts: offsets from reference points, and logits.
+
+    Args:
+        value (`torch.Tensor` of shape `(batch_size, sum(height * width), num_heads, head_dim)`):
+            Flattened feature maps, one level after the other.
+        spatial_shapes (`list[tuple[int, int]]`):
+            `(height, width)` of every level.
+        reference_points (`torch.Tensor` of shape `(batch_size or 1, num_queries, num_levels or 1, 2 or 4)`):
+            Centre of each query on each level as (x, y) in 0..1, in float32, or its box as (x, y, width, height).
+        sampling_offsets (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points, 2)`):
+            Offsets as (x, y) in cells of their level. With boxes, an offset of `num_points` leads from the centre to
+            the border of the box.
+        attention_logits (`torch.Tensor` of shape `(batch_size, num_queries, num_heads, num_levels, num_points)`):
+            Their softmax over levels and points weights the samples.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_queries, num_heads * head_dim)` in the dtype of `value`.
+
+    Raises:
+        ValueError: If `spatial_shapes` do not cover `value` or the levels of `sampling_offsets`.
+    """
+    check_levels(value, spatial_shapes, sampling_offsets, "sampling_offsets")
+    if is_for_triton(value):
+        sizes = [side for shape in spatial_shapes for side in shape]
+        return attend(value, sampling_offsets, attention_logits, reference_points, sizes)
 
     dtype = torch.promote_types(value.dtype, torch.float32)
-    # (batch_size, num_queries, num_heads, num_levels, num_points, 2)
-    # -> (num_levels, batch_size * num_heads, num_points, num_queries, 2): points as rows are the fast layout
-    grids = (2 * sampling_locations.to(dtype) - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
-    weights = attention_weights.to(dtype).permute(3, 0, 2, 4, 1).flatten(1, 2)
-    output = value.new_zeros((), dtype=dtype)
-    for (height, width), level_value, grid, weight in zip(
-        spatial_shapes, value.to(dtype).split(lengths, dim=1), grids, weights, strict=True
-    ):
-        # (batch_size, height * width, num_heads, head_dim) -> (batch_size * num_heads, head_dim, height, width)
-        feature_map = level_value.permute(0, 2, 3, 1).reshape(batch_size * num_heads, head_dim, height, width)
-        samples = F.grid_sample(feature_map.contiguous(), grid, align_corners=False)
-        output = output + (samples * weight.unsqueeze(1)).sum(dim=2)
-    # (batch_size * num_heads, head_dim, num_queries) -> (batch_size, num_queries, num_heads * head_dim)
-    output = output.reshape(batch_size, num_heads * head_dim, num_queries).transpose(1, 2)
-    return output.to(value.dtype)
+    # (batch_size, num_heads, num_levels, num_points, 2, num_queries)
+    offsets = queries_last(sampling_offsets, dtype)
+    # (batch_size or 1, 1, num_levels or 1, 1, 2 or 4, num_queries)
+    references = queries_last(reference_points, dtype)[:, None, :, None]
+    # the map is 2 wide in the coordinates of `F.grid_sample`
+    if reference_points.shape[-1] == 4:
+        scale = references[..., 2:, :] / offsets.shape[3]
+    else:
+        scale = references.new_tensor([[2 / width, 2 / height] for height, width in spatial_shapes])[:, None, :, None]
+    grids = torch.addcmul(2 * references[..., :2, :] - 1, offsets, scale)
+    logits = queries_last(attention_logits, dtype)
+    weights = logits.flatten(2, 3).softmax(dim=2).view_as(logits)
+    return sample_levels(value, spatial_shapes, grids, weights)
 
 
 def get_reference_points(height: int, width: int, device: torch.device) -> torch.Tensor:
     """Centres of the cells of a grid as (x, y) in 0..1, row by row: float32 of shape `(height * width, 2)`."""
-    y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
-    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
+    y = torch.linspace(0.5 / height, 1 - 0.5 / height, height, device=device, dtype=torch.float32)
+    x = torch.linspace(0.5 / width, 1 - 0.5 / width, width, device=device, dtype=torch.float32)
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack((grid_x, grid_y), dim=-1).flatten(0, 1)
 
@@ -116,10 +223,10 @@ class PiipDeformableAttention(nn.Module):
         value_size = int(hidden_size * value_ratio)
         if value_size % num_heads != 0:
             raise ValueError(f"`num_heads` ({num_heads}) must divide the width of the values ({value_size}).")
-        self.sampling_offsets = nn.Linear(hidden_size, num_heads * num_levels * num_points * 2)
-        self.attention_weights = nn.Linear(hidden_size, num_heads * num_levels * num_points)
-        self.value_proj = nn.Linear(feature_size, value_size)
-        self.output_proj = nn.Linear(value_size, hidden_size)
+        self.sampling_offsets = PiipLinear(hidden_size, num_heads * num_levels * num_points * 2)
+        self.attention_weights = PiipLinear(hidden_size, num_heads * num_levels * num_points)
+        self.value_proj = PiipLinear(feature_size, value_size)
+        self.output_proj = PiipLinear(value_size, hidden_size)
 
     def forward(
         self,
@@ -146,23 +253,11 @@ class PiipDeformableAttention(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch_size, num_queries, hidden_size)`.
         """
-        batch_size, num_queries, _ = hidden_states.shape
-        sample_shape = (batch_size, num_queries, self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(features)
         if feature_mask is not None:
             value = value.masked_fill(~feature_mask.unsqueeze(-1), 0)
         value = value.unflatten(-1, (self.num_heads, -1))
-        weights = self.attention_weights(hidden_states).unflatten(-1, (self.num_heads, -1))
-        weights = weights.softmax(dim=-1, dtype=torch.float32).view(sample_shape)
-        offsets = self.sampling_offsets(hidden_states).float().view(*sample_shape, 2)
-        # (batch_size, num_queries, 1, num_levels, 1, 2 or 4)
-        reference_points = reference_points[:, :, None, :, None, :]
-        if reference_points.shape[-1] == 4:
-            # an offset of `num_points` leads from the centre to the border of the box
-            offsets = offsets * reference_points[..., 2:] / (2 * self.num_points)
-        else:
-            # offsets count cells, so they are divided by (width, height) of their level
-            cells = reference_points.new_tensor([[width, height] for height, width in spatial_shapes])
-            offsets = offsets / cells[:, None, :]
-        locations = reference_points[..., :2] + offsets
-        return self.output_proj(multi_scale_deformable_attention(value, spatial_shapes, locations, weights))
+        sample_shape = (self.num_heads, self.num_levels, self.num_points)
+        offsets = self.sampling_offsets(hidden_states).unflatten(-1, (*sample_shape, 2))
+        logits = self.attention_weights(hidden_states).unflatten(-1, sample_shape)
+        return self.output_proj(attend_around_references(value, spatial_shapes, reference_points, offsets, logits))

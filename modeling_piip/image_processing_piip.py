@@ -582,6 +582,13 @@ class PiipImageProcessorMixin:
             features["pixel_values"], features["pixel_mask"] = padded
         return features.convert_to_tensors(return_tensors)
 
+
+class PiipPostProcessingMixin:
+    """
+    What the processors of all tasks but instance segmentation make of outputs. The pipelines ask a processor what its
+    model can do by the names of these methods.
+    """
+
     def post_process_semantic_segmentation(
         self,
         outputs,
@@ -675,7 +682,7 @@ class PiipImageProcessorMixin:
         return F.interpolate(logits[None].float(), size=target_size, mode="bilinear", align_corners=False)[0]
 
 
-class PiipImageProcessor(PiipImageProcessorMixin, TorchvisionBackend):
+class PiipImageProcessor(PiipPostProcessingMixin, PiipImageProcessorMixin, TorchvisionBackend):
     r"""
     Constructs a PIIP image processor that works on tensors with torchvision, on CPU or GPU.
     [`PiipImageProcessorPil`] is its twin on NumPy and Pillow.

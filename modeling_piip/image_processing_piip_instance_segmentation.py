@@ -40,15 +40,23 @@ def decode_segmentation(segmentation: list | dict, height: int, width: int, name
     if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
         raise ValueError(
             f"{name} has the segmentation {str(segmentation)[:100]}: expected polygons [[x1, y1, x2, y2, ...]] or a "
-            " run-length encoding {'size': [height, width], 'counts': ...}."
+            "run-length encoding {'size': [height, width], 'counts': ...}."
         )
     mask = np.zeros((height, width), dtype=bool)
     for polygon in segmentation:
-        points = np.asarray(polygon, dtype=float)
-        if points.ndim != 1 or len(points) % 2 or not np.isfinite(points).all():
-            raise ValueError(f"{name} has a broken polygon: expected finite x1, y1, x2, y2, ..., got {polygon[:10]}.")
-        mask |= fill_polygon(points.reshape(-1, 2), height, width)
+        mask |= fill_polygon(read_polygon(polygon, name), height, width)
     return mask
+
+
+def read_polygon(polygon: list[float], name: str) -> np.ndarray:
+    """Its corners `(num_corners, 2)`."""
+    is_usable = len(polygon) >= 6 and len(polygon) % 2 == 0
+    if not is_usable or not all(isinstance(number, (int, float)) and math.isfinite(number) for number in polygon):
+        raise ValueError(
+            f"{name} has a broken polygon: expected x and y of at least three corners as finite numbers [x1, y1, x2, "
+            f"y2, x3, y3, ...], got {str(polygon)[:100]}. Correct it or remove the object."
+        )
+    return np.array(polygon, dtype=float).reshape(-1, 2)
 
 
 def prepare_objects(annotation: dict, name: str, height: int, width: int) -> dict:
@@ -97,13 +105,16 @@ def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def decode_rle(rle: dict, height: int, width: int, name: str) -> np.ndarray:
     """The mask of a run-length encoding: alternating numbers of zeros and ones, column by column."""
-    counts = rle.get("counts")
+    size, counts = rle.get("size"), rle.get("counts")
+    if size != [height, width] and size != (height, width):
+        raise ValueError(f"{name} has a run-length encoding of the size {size}, but its image has {[height, width]}.")
     counts = decompress_counts(counts) if isinstance(counts, (str, bytes)) else counts
-    size = tuple(rle.get("size", ()))
-    if size != (height, width):
-        raise ValueError(f"{name} has a run-length encoding of the size {size}, but its image has {(height, width)}.")
-    if counts is None or min(counts, default=0) < 0 or sum(counts) != height * width:
-        raise ValueError(f"{name} has a broken run-length encoding: its counts do not sum to {height} * {width}.")
+    is_list = isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts)
+    if not is_list or sum(counts) != height * width:
+        raise ValueError(
+            f"{name} has a broken run-length encoding: its counts are not whole numbers with the sum {height} * "
+            f"{width}. Encode the mask anew or remove the object."
+        )
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape(width, height).T
 
@@ -130,30 +141,33 @@ def decompress_counts(compressed: str | bytes) -> list[int]:
 
 def encode_rle(mask: torch.Tensor) -> dict:
     """The run-length encoding `{"size": [height, width], "counts": [...]}` of COCO, not compressed."""
-    pixels = mask.T.flatten().to(torch.int8)
-    changes = pixels.diff(prepend=pixels.new_zeros(1)).nonzero().squeeze(1).cpu()
-    ends = torch.cat((changes, torch.tensor([len(pixels)])))
-    return {"size": list(mask.shape), "counts": ends.diff(prepend=torch.tensor([0])).tolist()}
+    pixels = mask.T.flatten()
+    # a run ends where a pixel differs from the one before it; in front of the first one there is a zero
+    ends = [pixels[:1].nonzero(), (pixels[1:] != pixels[:-1]).nonzero() + 1]
+    ends = [0, *torch.cat(ends).flatten().tolist(), len(pixels)]
+    return {"size": list(mask.shape), "counts": [end - start for start, end in zip(ends, ends[1:])]}
 
 
 # Masks of predictions
 
 
-def paste_mask(mask: torch.Tensor, box: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def paste_mask(
+    mask: torch.Tensor, box: torch.Tensor, height: int, width: int
+) -> tuple[tuple[slice, slice], torch.Tensor]:
     """
-    A mask `(size, size)` that covers `box`, (x1, y1, x2, y2) in pixels, on an image of zeros: `(height, width)`.
+    Stretches a mask `(size, size)` over `box`, (x1, y1, x2, y2) in pixels: the rows and columns of the image that it
+    can reach, and its values there, `(num_rows, num_columns)`. Elsewhere it is zero.
 
     As in the official code pixel centres are mapped into the box, without rounding it, and the mask is interpolated
-    bilinearly. Only the part of the image that the mask can reach is computed.
+    bilinearly.
     """
-    image = mask.new_zeros(height, width)
     left, top, right, bottom = box.tolist()
     columns, x = get_reach(left, right, width, mask.shape[1])
     rows, y = get_reach(top, bottom, height, mask.shape[0])
-    if len(x) > 0 and len(y) > 0:
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).to(mask)
-        image[rows, columns] = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
-    return image
+    if len(x) == 0 or len(y) == 0:
+        return (slice(0, 0), slice(0, 0)), mask.new_zeros(0, 0)
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).to(mask)
+    return (rows, columns), F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
 
 
 def get_reach(start: float, end: float, length: int, size: int) -> tuple[slice, torch.Tensor]:
@@ -166,18 +180,26 @@ def get_reach(start: float, end: float, length: int, size: int) -> tuple[slice, 
     return pixels, (centers - start) / (end - start) * 2 - 1
 
 
+def write_mask(image: torch.Tensor, place: tuple[slice, slice], mask: torch.Tensor) -> torch.Tensor:
+    image[place] = mask.to(image.device)
+    return image
+
+
 def layer_masks(
-    segmentation: torch.Tensor, masks: Iterable[torch.Tensor], segments: list[dict], overlap_threshold: float
+    segmentation: torch.Tensor,
+    masks: Iterable[tuple[tuple[slice, slice], torch.Tensor]],
+    segments: list[dict],
+    overlap_threshold: float,
 ) -> tuple[torch.Tensor, list[dict]]:
     """
     Writes ids into the map, the masks that come first on top. Segments that keep no larger share of their mask than
     `overlap_threshold` are left out.
     """
     kept = []
-    for mask, segment in zip(masks, segments, strict=True):
-        visible = mask & (segmentation == NO_SEGMENT)
+    for (place, mask), segment in zip(masks, segments, strict=True):
+        visible = mask & (segmentation[place] == NO_SEGMENT)
         if visible.sum() > overlap_threshold * mask.sum():
-            segmentation[visible] = len(kept)
+            segmentation[place][visible] = len(kept)
             kept.append(segment)
     return segmentation, kept
 
@@ -361,21 +383,23 @@ class PiipInstanceSegmentationImageProcessorMixin(PiipImageProcessorMixin):
         for index, (detection, size) in enumerate(zip(detections, target_sizes, strict=True)):
             height, width = (int(side) for side in size)
             probabilities = outputs.pred_masks[index][outputs.scores[index] > threshold].float().sigmoid()
-            # one after the other: a large image would not hold the probabilities of hundreds of instances
-            masks = (
-                paste_mask(*instance, height, width) >= mask_threshold
+            # one after the other, and only where they are: hundreds of them on a large image would take gigabytes
+            pasted = (
+                paste_mask(*instance, height, width)
                 for instance in zip(probabilities, detection["boxes"], strict=True)
             )
+            masks = ((place, values >= mask_threshold) for place, values in pasted)
             segments = [
                 {"label_id": label, "score": score}
                 for label, score in zip(detection["labels"].tolist(), detection["scores"].tolist(), strict=True)
             ]
             if return_coco_annotation:
-                segmentation = [encode_rle(mask) for mask in masks]
+                empty = torch.zeros(height, width, dtype=torch.bool)
+                segmentation = [encode_rle(write_mask(empty.clone(), *mask)) for mask in masks]
             elif return_binary_maps:
                 segmentation = probabilities.new_zeros((len(segments), height, width), dtype=torch.bool)
                 for instance, mask in zip(segmentation, masks, strict=True):
-                    instance.copy_(mask)
+                    write_mask(instance, *mask)
             else:
                 empty = probabilities.new_full((height, width), NO_SEGMENT, dtype=torch.int32)
                 segmentation, segments = layer_masks(empty, masks, segments, overlap_mask_area_threshold)

@@ -3,10 +3,10 @@
 
 from transformers.image_processing_backends import PilBackend
 
-from .image_processing_piip import PiipImageProcessorKwargs, PiipImageProcessorMixin
+from .image_processing_piip import PiipImageProcessorKwargs, PiipImageProcessorMixin, PiipPostProcessingMixin
 
 
-class PiipImageProcessorPil(PiipImageProcessorMixin, PilBackend):
+class PiipImageProcessorPil(PiipPostProcessingMixin, PiipImageProcessorMixin, PilBackend):
     r"""
     Constructs a PIIP image processor that works on NumPy arrays with Pillow. Options, defaults and accepted images are
     those of [`PiipImageProcessor`]; the results agree up to the rounding of the resize.

@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_piip import PiipBranchConfig, PiipConfig
 from .deformable_attention import PiipDeformableAttention, get_initial_offset_bias, get_reference_points
+from .linear import PiipLinear
 
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class PiipModelOutput(ModelOutput):
 
 def tokens_to_map(tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
     """`(batch_size, height * width, channels)` -> `(batch_size, channels, height, width)`"""
-    return tokens.transpose(1, 2).unflatten(2, grid_size)
+    # channels last in memory, without a copy; the order of the steps gives a batch of one its proper strides too
+    return tokens.unflatten(1, grid_size).permute(0, 3, 1, 2)
 
 
 def resize_map(feature_map: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -102,6 +104,18 @@ def get_image_names(labels: list[dict[str, torch.Tensor]]) -> list[str]:
         f"the image with image_id {int(label['image_id'])}" if "image_id" in label else f"image {k} of the batch"
         for k, label in enumerate(labels)
     ]
+
+
+def check_predictions(predictions: list[torch.Tensor], labels: list[dict[str, torch.Tensor]]):
+    """Refuses NaN and infinities before they reach a loss; the tensors have the images in their first dimension."""
+    is_finite = torch.stack([values.isfinite().flatten(1).all(dim=1) for values in predictions]).all(dim=0)
+    if not is_finite.all():
+        names = [name for name, finite in zip(get_image_names(labels), is_finite.tolist()) if not finite]
+        raise ValueError(
+            f"The predictions for {', '.join(names)} are NaN or infinite. The weights have diverged or overflow in "
+            "float16: lower the learning rate, clip gradients (the official training of DINO does, at 0.1), or train "
+            "in bfloat16 or float32."
+        )
 
 
 def check_label(name: str, class_labels: torch.Tensor, boxes: torch.Tensor, num_labels: int):
@@ -208,7 +222,7 @@ class PiipLayerNorm2d(nn.LayerNorm):
         return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class PiipLinear2d(nn.Linear):
+class PiipLinear2d(PiipLinear):
     """Linear layer over the channels of `(batch_size, channels, height, width)`."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -288,7 +302,8 @@ class PiipEmbeddings(nn.Module):
         """Returns patch tokens `(batch_size, height * width, hidden_size)`, class token and `(height, width)`."""
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
         grid_size = (patches.shape[2], patches.shape[3])
-        hidden_states = patches.flatten(2).transpose(1, 2)
+        # Contiguous tokens: residuals keep the layout of what they are added to, and so would every layer
+        hidden_states = patches.flatten(2).transpose(1, 2).contiguous()
         if self.position_embeddings is not None:
             hidden_states = hidden_states + self.interpolate_position_embeddings(grid_size)
         hidden_states = self.norm(hidden_states)
@@ -328,7 +343,7 @@ class PiipAttention(nn.Module):
         self.is_causal = False
         self.window_size = window_size
         self.window_padding = branch.window_padding
-        self.qkv = nn.Linear(branch.hidden_size, 3 * branch.hidden_size, bias=branch.qkv_bias is True)
+        self.qkv = PiipLinear(branch.hidden_size, 3 * branch.hidden_size, bias=branch.qkv_bias is True)
         if branch.qkv_bias == "qv":
             self.q_bias = nn.Parameter(torch.zeros(branch.hidden_size))
             self.v_bias = nn.Parameter(torch.zeros(branch.hidden_size))
@@ -339,7 +354,7 @@ class PiipAttention(nn.Module):
         self.relative_position_bias = None
         if branch.position_embedding_type == "relative":
             self.relative_position_bias = PiipRelativePositionBias(window_size, branch.num_attention_heads)
-        self.projection = nn.Linear(branch.hidden_size, branch.hidden_size)
+        self.projection = PiipLinear(branch.hidden_size, branch.hidden_size)
 
     def project(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """Queries, keys and values side by side, cut into windows if there are any."""
@@ -377,9 +392,9 @@ class PiipAttention(nn.Module):
 class PiipMLP(nn.Module):
     def __init__(self, branch: PiipBranchConfig):
         super().__init__()
-        self.fc1 = nn.Linear(branch.hidden_size, branch.intermediate_size)
+        self.fc1 = PiipLinear(branch.hidden_size, branch.intermediate_size)
         self.activation = ACT2FN[branch.hidden_act]
-        self.fc2 = nn.Linear(branch.intermediate_size, branch.hidden_size)
+        self.fc2 = PiipLinear(branch.intermediate_size, branch.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation(self.fc1(hidden_states)))
@@ -412,9 +427,9 @@ class PiipConvNextLayer(GradientCheckpointingLayer):
         super().__init__()
         self.depthwise_conv = nn.Conv2d(width, width, kernel_size=7, padding=3, groups=width)
         self.norm = nn.LayerNorm(width, eps=branch.layer_norm_eps)
-        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc1 = PiipLinear(width, 4 * width)
         self.activation = nn.GELU()
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc2 = PiipLinear(4 * width, width)
         init_value = branch.layer_scale_init_value
         self.layer_scale = nn.Identity() if init_value is None else PiipLayerScale(width, init_value)
         self.drop_path = PiipDropPath(drop_path_rate)
@@ -512,10 +527,10 @@ class PiipCrossAttention(nn.Module):
         self.num_heads = config.interaction_num_heads
         self.scaling = (hidden_size // config.interaction_num_heads) ** -0.5
         self.is_causal = False
-        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.key = nn.Linear(feature_size, hidden_size, bias=False)
-        self.value = nn.Linear(feature_size, hidden_size, bias=False)
-        self.projection = nn.Linear(hidden_size, hidden_size)
+        self.query = PiipLinear(hidden_size, hidden_size, bias=False)
+        self.key = PiipLinear(feature_size, hidden_size, bias=False)
+        self.value = PiipLinear(feature_size, hidden_size, bias=False)
+        self.projection = PiipLinear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         query, key, value = (
@@ -534,12 +549,12 @@ class PiipConvFFN(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc1 = PiipLinear(hidden_size, intermediate_size)
         self.depthwise_conv = nn.Conv2d(
             intermediate_size, intermediate_size, kernel_size=3, padding=1, groups=intermediate_size
         )
         self.activation = nn.GELU()
-        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+        self.fc2 = PiipLinear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         feature_map = self.depthwise_conv(tokens_to_map(self.fc1(hidden_states), grid_size))
@@ -607,8 +622,8 @@ class PiipInteractionUnit(GradientCheckpointingLayer):
     def __init__(self, config: PiipConfig, fine_size: int, coarse_size: int):
         super().__init__()
         if config.interaction_projection:
-            self.fine_to_coarse_projection = nn.Linear(fine_size, coarse_size)
-            self.coarse_to_fine_projection = nn.Linear(coarse_size, fine_size)
+            self.fine_to_coarse_projection = PiipLinear(fine_size, coarse_size)
+            self.coarse_to_fine_projection = PiipLinear(coarse_size, fine_size)
             self.fine_to_coarse = PiipInjector(config, coarse_size, coarse_size)
             self.coarse_to_fine = PiipInjector(config, fine_size, fine_size)
         else:

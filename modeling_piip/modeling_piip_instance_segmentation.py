@@ -30,6 +30,7 @@ from .modeling_piip import (
     PiipPreTrainedModel,
     check_label,
     check_pixel_mask,
+    check_predictions,
     get_image_names,
 )
 
@@ -604,12 +605,16 @@ class PiipForInstanceSegmentation(PiipPreTrainedModel):
                 boxes without area are left out. There may be no object at all.
 
         Raises:
-            ValueError: If the labels cannot be used; the message names image and remedy.
+            ValueError: If the labels cannot be used, or predictions are not finite while there are `labels`; the
+                message names image and remedy.
         """
         outputs = self.piip(pixel_values, **kwargs)
         *feature_maps, coarsest_map = self.neck(self.feature_pyramid(outputs.merged_feature_maps))
         image_sizes = get_image_sizes(check_pixel_mask(pixel_mask, pixel_values))
         anchor_outputs = self.rpn_head((*feature_maps, coarsest_map))
+        if labels is not None:
+            logits, deltas, _ = anchor_outputs
+            check_predictions([*logits, *deltas], labels)
         proposals = self.rpn_head.get_proposals(*anchor_outputs, image_sizes)
 
         results = {}

@@ -30,6 +30,7 @@ from .modeling_piip import (
     PiipPreTrainedModel,
     check_label,
     check_pixel_mask,
+    check_predictions,
     eager_attention_forward,
     get_image_names,
 )
@@ -804,7 +805,7 @@ class PiipForObjectDetection(PiipPreTrainedModel):
 
         loss, loss_dict = None, None
         if objects is not None:
-            self.check_predictions([encoder_logits, *all_logits], [encoder_boxes, *all_boxes], labels)
+            check_predictions([encoder_logits, *all_logits, encoder_boxes, *all_boxes], labels)
             loss_dict = self.compute_loss_dict(
                 encoder_logits, encoder_boxes, all_logits, all_boxes, objects, denoising_queries
             )
@@ -870,19 +871,6 @@ class PiipForObjectDetection(PiipPreTrainedModel):
             )
         for name, label in zip(get_image_names(labels), labels):
             check_label(name, label["class_labels"], label["boxes"], self.config.num_labels)
-
-    def check_predictions(
-        self, all_logits: list[torch.Tensor], all_boxes: list[torch.Tensor], labels: list[dict[str, torch.Tensor]]
-    ):
-        is_finite = [predictions.isfinite().flatten(1).all(dim=1) for predictions in [*all_logits, *all_boxes]]
-        is_finite = torch.stack(is_finite).all(dim=0)
-        if not is_finite.all():
-            names = [name for name, finite in zip(get_image_names(labels), is_finite.tolist()) if not finite]
-            raise ValueError(
-                f"The predictions for {', '.join(names)} are NaN or infinite. The weights have diverged or overflow "
-                "in float16: lower the learning rate, clip gradients (the official training does, at 0.1), or train "
-                "in bfloat16 or float32."
-            )
 
 
 PiipForObjectDetection.register_for_auto_class("AutoModelForObjectDetection")

@@ -153,7 +153,7 @@ class PiipForSemanticSegmentation(PiipPreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, (PiipUperNetHead, PiipAuxiliaryHead)):
-            init.normal_(module.classifier.weight, std=0.01)
+            init.trunc_normal_(module.classifier.weight, std=self.config.initializer_range)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.piip.get_input_embeddings()

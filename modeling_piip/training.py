@@ -18,10 +18,18 @@ import yaml
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2.functional import pil_to_tensor
-from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType
+from transformers.utils import ModelOutput, logging
 
 from .configuration_piip import PiipConfig
 from .data import ImageDataArguments
@@ -84,6 +92,13 @@ class OptimizationArguments:
         default=None,
         metadata={"help": "Evaluate and save a moving average of the weights with this decay, for example 0.9999."},
     )
+    lr_drops: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Shares of the training after which the learning rate falls to a tenth. Used with "
+            "--lr_scheduler_type constant_with_warmup."
+        },
+    )
 
     def __post_init__(self):
         if not 0 < self.layer_decay <= 1:
@@ -92,6 +107,8 @@ class OptimizationArguments:
             raise ValueError(f"--new_module_lr_ratio must be positive, got {self.new_module_lr_ratio}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be between 0 and 1, got {self.ema_decay}.")
+        if not all(0 < share <= 1 for share in self.lr_drops):
+            raise ValueError(f"--lr_drops needs shares above 0 and up to 1, got {self.lr_drops}.")
 
 
 @dataclass
@@ -247,13 +264,18 @@ def load_model(
     )
 
 
-def load_image_processor(args: ModelArguments, config: PiipConfig, **kwargs) -> PiipImageProcessor:
+def load_image_processor(
+    args: ModelArguments,
+    config: PiipConfig,
+    processor_class: type[PiipImageProcessor] = PiipImageProcessor,
+    **kwargs,
+) -> PiipImageProcessor:
     """The processor saved beside the model or its configuration, else one of the image size of the model."""
     source = args.model_name_or_path or args.config_name
     if args.model_name_or_path is not None or os.path.isfile(os.path.join(source, "preprocessor_config.json")):
-        return PiipImageProcessor.from_pretrained(source, revision=args.model_revision, **kwargs)
+        return processor_class.from_pretrained(source, revision=args.model_revision, **kwargs)
     size = config.image_size
-    return PiipImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **kwargs)
+    return processor_class(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **kwargs)
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device, num_processes: int) -> nn.Module:
@@ -308,6 +330,56 @@ def get_parameter_groups(
         groups.setdefault((scale, decays), group)["params"].append(parameter)
     # progress bars and logs show the rate of the first group: that of the top of the branches
     return [groups[key] for key in sorted(groups, key=lambda key: (abs(key[0] - args.layer_decay), key))]
+
+
+def build_scheduler(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    num_warmup_steps: int,
+    num_training_steps: int,
+    lr_drops: list[float],
+    scheduler_specific_kwargs: dict | None = None,
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """`get_scheduler` of Transformers, and "constant_with_warmup" in steps, which it does not have."""
+    if name != SchedulerType.CONSTANT_WITH_WARMUP or not lr_drops:
+        return get_scheduler(name, optimizer, num_warmup_steps, num_training_steps, scheduler_specific_kwargs)
+
+    def get_factor(step: int) -> float:
+        num_drops = sum(step >= share * num_training_steps for share in lr_drops)
+        warmup = min(step / num_warmup_steps, 1) if num_warmup_steps else 1
+        return warmup * 0.1**num_drops
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, get_factor)
+
+
+# Terms of the loss
+
+
+class LossMeter:
+    """Means of the loss and of its terms (`loss_dict`) over several batches."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.sums = {}
+        self.num_batches = 0
+
+    def add(self, outputs: ModelOutput):
+        """Takes the output of a model for a batch."""
+        for name, value in ({"loss": outputs.loss} | (outputs.get("loss_dict") or {})).items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        self.num_batches += 1
+
+    def compute(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """
+        Means over the batches since the last call, of all processes. `gather` gets a tensor `(num_terms,)` and returns
+        those of all processes in one dimension.
+        """
+        names = list(self.sums)
+        means = torch.stack([self.sums[name] / self.num_batches for name in names])
+        self.reset()
+        return dict(zip(names, gather(means).view(-1, len(names)).mean(dim=0).tolist()))
 
 
 # Moving average of the weights
@@ -416,13 +488,15 @@ class PreviewCallback(TrainerCallback):
     Draws a picture after every evaluation: as `previews/step-<step>.png` in the output folder, and for TensorBoard.
 
     Args:
+        trainer (`Trainer`):
+            The trainer that the callback is for; one of its callbacks writes for TensorBoard.
         draw (`Callable`):
             Takes the model in evaluation mode and returns the picture.
     """
 
-    def __init__(self, draw: Callable[[nn.Module], PIL.Image.Image]):
+    def __init__(self, trainer: Trainer, draw: Callable[[nn.Module], PIL.Image.Image]):
+        self.trainer = trainer
         self.draw = draw
-        self.trainer = None
 
     def on_evaluate(self, args, state, control, model, **kwargs):
         if not state.is_world_process_zero:
@@ -512,12 +586,11 @@ class PiipTrainer(Trainer):
         optimizer_options["params"] = get_parameter_groups(
             model, optimization_args, args.learning_rate, args.weight_decay
         )
+        self.lr_drops = optimization_args.lr_drops
         self.checkpoint = get_checkpoint(args, optimization_args) if args.do_train else None
         callbacks = [SeedCallback()]
         if optimization_args.ema_decay is not None:
             callbacks.append(EMACallback(optimization_args.ema_decay, self.checkpoint))
-        if draw_previews is not None:
-            callbacks.append(PreviewCallback(draw_previews))
         super().__init__(
             model=model,
             args=args,
@@ -525,12 +598,25 @@ class PiipTrainer(Trainer):
             optimizer_cls_and_kwargs=(optimizer_class, optimizer_options),
             **kwargs,
         )
+        if draw_previews is not None:
+            self.add_callback(PreviewCallback(self, draw_previews))
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, PreviewCallback):
-                callback.trainer = self
             if isinstance(callback, TensorBoardCallback) and not args.do_train:
                 # it would write to the current folder
                 callback.logging_dir = os.path.join(args.output_dir, "runs", "evaluation")
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.lr_scheduler is None and self.lr_drops:
+            self.lr_scheduler = build_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer or self.optimizer,
+                self.args.get_warmup_steps(num_training_steps),
+                num_training_steps,
+                self.lr_drops,
+                self.args.lr_scheduler_kwargs,
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def run(self) -> dict[str, float]:
         """Trains and evaluates as `--do_train` and `--do_eval` say, writes model and results, returns the latter."""

@@ -17,12 +17,14 @@ from accelerate.utils import DataLoaderConfiguration, broadcast
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import BaseImageProcessor, PreTrainedModel, get_scheduler
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from .data import ImageDataset
 from .training import (
+    LossMeter,
     OptimizationArguments,
     build_ema,
+    build_scheduler,
     find_last_checkpoint,
     get_parameter_groups,
     save_preview,
@@ -43,7 +45,7 @@ class LoopArguments:
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, without biases and 1-d parameters."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
     warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps until the peak learning rate."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the norm of the gradient to this."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the norm of the gradient to this; 0: do not."})
     mixed_precision: str | None = field(
         default=None, metadata={"help": "Default: as accelerate is configured.", "choices": ["no", "fp16", "bf16"]}
     )
@@ -112,30 +114,29 @@ def train_epoch(
     scheduler,
     dataloader: DataLoader,
     progress: Progress,
-) -> Iterator[torch.Tensor]:
-    """Trains for an epoch, or for what is left of it, and yields the mean loss of every optimizer step."""
+    loss_meter: LossMeter,
+) -> Iterator[None]:
+    """Trains for an epoch, or for what is left of it, and yields after every optimizer step."""
     model.train()
     dataloader.dataset.set_epoch(progress.epoch)
     dataloader.set_epoch(progress.epoch)
-    losses = []
     batches = accelerator.skip_first_batches(dataloader, progress.batch) if progress.batch else dataloader
     for batch in batches:
         place = progress.epoch * len(dataloader) + progress.batch
         seed_step(args.seed, place, accelerator.process_index, accelerator.num_processes)
         with accelerator.accumulate(model):
-            loss = model(**batch).loss
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
+            outputs = model(**batch)
+            accelerator.backward(outputs.loss)
+            if accelerator.sync_gradients and args.max_grad_norm > 0:
                 accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(loss.detach())
+        loss_meter.add(outputs)
         progress.batch += 1
         if accelerator.sync_gradients:
             scheduler.step()
             progress.step += 1
-            yield torch.stack(losses).mean()
-            losses = []
+            yield
 
 
 def run_training_loop(
@@ -194,7 +195,9 @@ def run_training_loop(
     )
     steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
     max_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, max_steps)
+    scheduler = build_scheduler(
+        args.lr_scheduler_type, optimizer, args.warmup_steps, max_steps, optimization_args.lr_drops
+    )
     progress = Progress()
     accelerator.register_for_checkpointing(scheduler, progress)
     accelerator.init_trackers("runs", {"learning_rate": args.learning_rate, "max_steps": max_steps})
@@ -206,19 +209,18 @@ def run_training_loop(
     # Training
     show = {"unit": "step", "disable": not accelerator.is_main_process}
     bar = tqdm(total=max_steps, initial=progress.step, desc="Training", **show)
+    loss_meter = LossMeter()
     while progress.epoch * steps_per_epoch < max_steps:
-        losses = []
-        steps = train_epoch(accelerator, args, model, optimizer, scheduler, train_dataloader, progress)
-        for loss in itertools.islice(steps, max_steps - progress.step):
+        loss_meter.reset()
+        steps = train_epoch(accelerator, args, model, optimizer, scheduler, train_dataloader, progress, loss_meter)
+        for _ in itertools.islice(steps, max_steps - progress.step):
             bar.update()
-            losses.append(loss)
             if ema is not None:
                 ema.update_parameters(accelerator.unwrap_model(model))
             if progress.step % args.logging_steps == 0 or progress.step == max_steps:
-                mean_loss = accelerator.gather(torch.stack(losses)).mean().item()
-                bar.set_postfix(loss=f"{mean_loss:.3f}")
-                accelerator.log({"loss": mean_loss, "learning_rate": scheduler.get_last_lr()[0]}, step=progress.step)
-                losses = []
+                losses = loss_meter.compute(accelerator.gather)
+                bar.set_postfix(loss=f"{losses['loss']:.3f}")
+                accelerator.log(losses | {"learning_rate": scheduler.get_last_lr()[0]}, step=progress.step)
             if args.checkpointing_steps and progress.step % args.checkpointing_steps == 0:
                 save_checkpoint(accelerator, output_dir, progress.step)
         progress.epoch += 1

@@ -5,10 +5,17 @@
 
 Takes any model of Transformers that knows the task, so that PIIP can be compared with others. A folder stands for all
 images below it. Every picture is written under the name of its image; images of a folder keep their sub-folders.
+
+Beside the picture of an image with detected objects lies a JSON file with a list of them, best first:
+
+    {"label": "dog", "label_id": 16, "score": 0.93, "box": [x1, y1, x2, y2], "mask": {"size": ..., "counts": ...}}
+
+Boxes are in pixels; masks, which instance segmentation adds, are run-length encodings as in COCO.
 """
 
 import argparse
 import glob
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +24,39 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForInstanceSegmentation,
+    AutoModelForObjectDetection,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
 
 import modeling_piip  # noqa: F401 (lets the Auto classes know PIIP)
-from modeling_piip.visualization import draw_semantic_segmentation
+from modeling_piip.image_processing_piip_instance_segmentation import encode_rle
+from modeling_piip.visualization import (
+    draw_objects,
+    draw_semantic_segmentation,
+    get_label_names,
+    predict_instances,
+    predict_objects,
+)
 
 
-# For each --task: the class that loads its model, and the function that draws its prediction.
-TASKS: dict[str, tuple[type, Callable]] = {
-    "semantic-segmentation": (AutoModelForSemanticSegmentation, draw_semantic_segmentation),
+def load_instance_segmenter(name: str) -> PreTrainedModel:
+    is_universal = type(AutoConfig.from_pretrained(name)) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
+    model_class = AutoModelForUniversalSegmentation if is_universal else AutoModelForInstanceSegmentation
+    return model_class.from_pretrained(name)
+
+
+# For each --task: what loads its model, and what finds objects in an image, if the task is about objects.
+TASKS: dict[str, tuple[Callable, Callable | None]] = {
+    "semantic-segmentation": (AutoModelForSemanticSegmentation.from_pretrained, None),
+    "object-detection": (AutoModelForObjectDetection.from_pretrained, predict_objects),
+    "instance-segmentation": (load_instance_segmenter, predict_instances),
 }
 
 
@@ -69,12 +100,28 @@ def open_image(file: Path) -> PIL.Image.Image:
         return PIL.ImageOps.exif_transpose(image)
 
 
+def list_objects(objects: dict[str, torch.Tensor], label_names: list[str]) -> list[dict]:
+    """Predicted objects as the JSON files hold them."""
+    columns = (objects[name].tolist() for name in ("labels", "scores", "boxes"))
+    listed = [
+        {"label": label_names[label], "label_id": label, "score": score, "box": box}
+        for label, score, box in zip(*columns, strict=True)
+    ]
+    if "segmentation" in objects:
+        for index, item in enumerate(listed):
+            item["mask"] = encode_rle(objects["segmentation"] == index)
+    return listed
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or glob patterns (in quotes)")
     parser.add_argument("--task", required=True, choices=TASKS, help="what the model predicts")
     parser.add_argument("--model", required=True, help="saved folder or Hub id")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/predictions"), help="default: %(default)s")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="smallest score of detected objects (default: %(default)s)"
+    )
     parser.add_argument(
         "--device", default="auto", help="for example cpu or cuda:1 (default: the accelerator if there is one)"
     )
@@ -96,8 +143,8 @@ def main(argv: list[str] | None = None) -> None:
         images = find_images(args.images)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
-    model_class, draw = TASKS[args.task]
-    model = model_class.from_pretrained(args.model).to(choose_device(args.device)).eval()
+    load, predict = TASKS[args.task]
+    model = load(args.model).to(choose_device(args.device)).eval()
     image_processor = AutoImageProcessor.from_pretrained(args.model)
 
     num_drawn = 0
@@ -109,9 +156,15 @@ def main(argv: list[str] | None = None) -> None:
                 raise SystemExit(f"error: {file} cannot be read ({error}); --skip_unreadable goes on") from error
             tqdm.write(f"{file} cannot be read ({error}): skipped")
             continue
-        picture = draw(model, image_processor, image)
-        (args.output_dir / output).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(args.output_dir / output)
+        file = args.output_dir / output
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if predict is None:
+            draw_semantic_segmentation(model, image_processor, image).save(file)
+        else:
+            objects = predict(model, image_processor, image, args.threshold)
+            label_names = get_label_names(model)
+            draw_objects(image, objects, label_names).save(file)
+            file.with_suffix(".json").write_text(json.dumps(list_objects(objects, label_names)), encoding="utf-8")
         num_drawn += 1
     print(f"Drew {num_drawn} of {len(images)} images to {args.output_dir}")
 

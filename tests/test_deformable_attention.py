@@ -1,12 +1,17 @@
 """The deformable attention operator and module against a reference that visits one sample after the other."""
 
+import importlib.util
 import math
+import sys
 
 import pytest
 import torch
 
+from modeling_piip import deformable_attention
 from modeling_piip.deformable_attention import (
     PiipDeformableAttention,
+    attend_around_references,
+    can_use_triton,
     get_initial_offset_bias,
     get_reference_points,
     multi_scale_deformable_attention,
@@ -103,6 +108,25 @@ def test_shapes_that_do_not_fit_are_named():
         multi_scale_deformable_attention(value, [(6, 5), (3, 3)], locations, weights)
     with pytest.raises(ValueError, match="42 cells on 1 levels, but .* `sampling_locations` 2 levels"):
         multi_scale_deformable_attention(value, [(6, 7)], locations, weights)
+    with pytest.raises(ValueError, match="42 cells on 1 levels, but .* `sampling_offsets` 2 levels"):
+        attend_around_references(value, [(6, 7)], locations[:, :, 0, :, 0], locations, weights)
+
+
+@pytest.mark.parametrize(("images", "levels"), [(2, 2), (1, 1)], ids=["own references", "shared references"])
+def test_offsets_and_logits_become_locations_and_weights(images, levels):
+    spatial_shapes = [(6, 5), (3, 4)]
+    value, _, _, logits = random_inputs(spatial_shapes, dtype=torch.float64)
+    offsets = torch.randn(*logits.shape, 2, dtype=torch.float64)
+    weights = logits.flatten(3).softmax(dim=-1).view_as(logits)
+    boxes = torch.rand(images, 5, levels, 4, dtype=torch.float64)
+    for points, shifts in (
+        (boxes[..., :2], offsets / torch.tensor([[5, 6], [4, 3]]).unsqueeze(1)),
+        (boxes, offsets * boxes[:, :, None, :, None, 2:] / 8),
+    ):
+        locations = points[:, :, None, :, None, :2] + shifts
+        output = attend_around_references(value, spatial_shapes, points, offsets, logits)
+        expected = multi_scale_deformable_attention(value, spatial_shapes, locations, weights)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
 def test_reference_points_are_the_centres_of_the_cells_row_by_row():
@@ -178,6 +202,39 @@ def test_module_in_half_precision_stays_near_float32(dtype):
     # features, projected values, offsets and output are rounded by half an eps each; coordinates are not
     bound = 2 * torch.finfo(dtype).eps * expected.abs().max()
     assert (output.float() - expected).abs().max() < bound
+
+
+def get_warnings(monkeypatch, module):
+    """What `module` logs from now on."""
+    messages = []
+    monkeypatch.setattr(module.logger, "warning", lambda message: messages.append(message))
+    return messages
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels can run")
+@pytest.mark.skipif(deformable_attention.attend is None, reason="Triton is not installed")
+def test_kernels_that_cannot_run_are_reported_once(monkeypatch):
+    messages = get_warnings(monkeypatch, deformable_attention)
+    assert not can_use_triton() and not can_use_triton()
+    assert len(messages) == 1 and "plain PyTorch" in messages[0] and "Triton cannot start: " in messages[0]
+
+
+def test_module_works_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "modeling_piip.deformable_attention_triton", None)
+    spec = importlib.util.spec_from_file_location("modeling_piip.without_triton", deformable_attention.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    inputs = random_inputs([(6, 5)])
+    torch.testing.assert_close(copy.multi_scale_deformable_attention(*inputs), naive_attention(*inputs))
+    messages = get_warnings(monkeypatch, copy)
+    assert not copy.can_use_triton() and not copy.can_use_triton()
+    assert len(messages) == 1 and "deformable_attention_triton" in messages[0]
+
+
+def test_choice_of_kernels_is_a_constant_of_compiled_graphs():
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: x + can_use_triton(), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())) == can_use_triton()
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():

@@ -213,6 +213,13 @@ def read_pasted_masks(name: str, index: int, size: list[int]) -> torch.Tensor:
     return torch.stack([torch.from_numpy(decode_rle(rle, *size, "golden").copy()) for rle in rles])
 
 
+def paste_on_image(mask: torch.Tensor, box: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    image = torch.zeros(height, width)
+    place, values = paste_mask(mask, box, height, width)
+    image[place] = values
+    return image
+
+
 def assert_same_masks(found: torch.Tensor, expected: torch.Tensor):
     assert found.shape == expected.shape
     overlaps, unions = (found & expected).sum(dim=(1, 2)), (found | expected).sum(dim=(1, 2))
@@ -231,7 +238,7 @@ def test_masks(name, case):
     for index, meta in enumerate(case.metas):
         size = meta["ori_shape"][:2]
         instances = zip(probabilities[index], boxes[index][:, :4], strict=True)
-        pasted = torch.stack([paste_mask(mask, box, *size) >= 0.5 for mask, box in instances])
+        pasted = torch.stack([paste_on_image(mask, box, *size) >= 0.5 for mask, box in instances])
         assert_same_masks(pasted, read_pasted_masks(name, index, size))
 
 
@@ -240,7 +247,7 @@ def test_pasted_probabilities(name):
     stored = read_tensors(name, "paste")
     size = read_case(name)["steps"]["paste"]["notes"]["image_hw"]
     instances = zip(stored["masks28"].squeeze(1), stored["boxes"], strict=True)
-    soft = torch.stack([paste_mask(mask, box, *size) for mask, box in instances])
+    soft = torch.stack([paste_on_image(mask, box, *size) for mask, box in instances])
     assert_matches_head(soft, name, "paste", "soft")
     assert torch.equal((soft >= 0.5).sum(dim=(1, 2)), stored["area_ge_0.5"])
 

@@ -1,10 +1,13 @@
 """Masks of annotations and of predictions in the image processors for instance segmentation."""
 
+from weakref import WeakValueDictionary
+
 import numpy as np
 import pytest
 import torch
 from faster_coco_eval import mask as coco_mask
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_piip import (
     PiipImageProcessor,
@@ -136,11 +139,18 @@ def test_boxes_alone_give_no_masks():
     [
         ([[1.0, 2.0, 3.0]], "broken polygon"),
         ([[1.0, 2.0, 3.0, 4.0, float("nan"), 1.0]], "broken polygon"),
+        ([[1.0, 2.0, 3.0, 4.0]], "at least three corners"),
+        ([[1.0, 2.0, 3.0, 4.0, 5.0, "x"]], "broken polygon"),
+        ([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]], "broken polygon"),
         ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "expected polygons"),
         ("polygon", "expected polygons"),
-        ({"size": [30, 60], "counts": [1800]}, r"of the size \(30, 60\), but its image has \(40, 60\)"),
-        ({"size": [40, 60], "counts": [7]}, "do not sum to 40 [*] 60"),
-        ({"size": [40, 60]}, "do not sum to 40 [*] 60"),
+        ({"size": [30, 60], "counts": [1800]}, r"of the size \[30, 60\], but its image has \[40, 60\]"),
+        ({"counts": [2400]}, "of the size None"),
+        ({"size": [40, 60], "counts": [7]}, "with the sum 40 [*] 60"),
+        ({"size": [40, 60], "counts": [-100, 2500]}, "with the sum 40 [*] 60"),
+        ({"size": [40, 60], "counts": ["2400"]}, "with the sum 40 [*] 60"),
+        ({"size": [40, 60], "counts": "PPY"}, "with the sum 40 [*] 60"),
+        ({"size": [40, 60]}, "with the sum 40 [*] 60"),
     ],
 )
 def test_segmentations_that_cannot_be_used_are_named(segmentation, message):
@@ -239,12 +249,56 @@ def test_pasting_a_part_equals_pasting_everywhere():
         y = (torch.arange(height) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]
         expected = torch.nn.functional.grid_sample(mask[None, None], grid, align_corners=False)[0, 0]
-        torch.testing.assert_close(paste_mask(mask, box, height, width), expected, rtol=0, atol=1e-4)
+        place, values = paste_mask(mask, box, height, width)
+        image = torch.zeros(height, width)
+        image[place] = values
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("box", [[5.0, 5.0, 5.0, 9.0], [-9.0, -9.0, -3.0, -3.0], [90.0, 90.0, 99.0, 99.0]])
 def test_boxes_without_pixels_paste_nothing(box):
-    assert paste_mask(torch.ones(28, 28), torch.tensor(box), 20, 30).sum() == 0
+    place, values = paste_mask(torch.ones(28, 28), torch.tensor(box), 20, 30)
+    assert values.sum() == 0 and torch.zeros(20, 30)[place].shape == values.shape
+
+
+class WholeImages(TorchDispatchMode):
+    """How many tensors of the size of an image, in bytes of `num_pixels`, were alive at the same time."""
+
+    def __init__(self, num_pixels: int):
+        super().__init__()
+        self.num_pixels = num_pixels
+        self.tensors = WeakValueDictionary()
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes() >= self.num_pixels:
+            self.tensors[id(result)] = result
+        # views share their memory
+        alive = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self.tensors.values()
+        }
+        self.most = max(self.most, sum(alive.values()) / self.num_pixels)
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"return_coco_annotation": True}, {"return_binary_maps": True}])
+def test_memory_does_not_grow_with_the_number_of_instances(options):
+    generator = torch.Generator().manual_seed(0)
+    number, (height, width) = 100, (500, 800)
+    outputs = PiipInstanceSegmentationOutput(
+        scores=torch.linspace(1, 0.1, number)[None],
+        class_ids=torch.zeros(1, number, dtype=torch.long),
+        pred_boxes=torch.rand(1, number, 4, generator=generator) * 0.4 + 0.1,
+        pred_masks=torch.randn(1, number, 28, 28, generator=generator),
+    )
+    with WholeImages(height * width) as images:
+        (result,) = build_processor().post_process_instance_segmentation(
+            outputs, 0.0, 0.5, 0.0, target_sizes=[(height, width)], **options
+        )
+    assert len(result["segments_info"]) > 20
+    # a byte per pixel of all masks, where they are the result; else the map of 32-bit ids and a mask or two
+    assert images.most < 10 + (number if "return_binary_maps" in options else 0)
 
 
 @pytest.mark.parametrize(
@@ -270,5 +324,9 @@ def test_model_without_masks_is_told():
         build_processor().post_process_instance_segmentation(outputs, target_sizes=[(5, 5)])
 
 
-def test_only_this_processor_has_the_instance_methods():
+def test_processors_have_the_methods_of_their_tasks_only():
+    # the pipelines ask for them by name
     assert not hasattr(PiipImageProcessor, "post_process_instance_segmentation")
+    for processor_class in (PiipInstanceSegmentationImageProcessor, PiipInstanceSegmentationImageProcessorPil):
+        assert not hasattr(processor_class, "post_process_semantic_segmentation")
+        assert not hasattr(processor_class, "post_process_panoptic_segmentation")

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import (
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
     Trainer,
     TrainingArguments,
     UperNetConfig,
@@ -396,5 +398,29 @@ def test_deformable_detr_trains_with_our_backbone():
     labels = [{"class_labels": torch.tensor([i]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.3]])} for i in range(2)]
     outputs = model(images(), labels=labels)
     assert outputs.logits.shape == (2, 5, 3)
+    outputs.loss.backward()
+    assert_every_branch_learns(model)
+
+
+def test_mask2former_trains_with_our_backbone():
+    config = Mask2FormerConfig(
+        backbone_config=tiny_config(),
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        dim_feedforward=32,
+        num_attention_heads=2,
+        num_queries=5,
+        num_labels=3,
+        train_num_points=64,
+    )
+    model = Mask2FormerForUniversalSegmentation(config).train()
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 4:20, 8:24] = 1
+    outputs = model(images(), mask_labels=[mask, mask], class_labels=[torch.tensor([1]), torch.tensor([2])])
+    assert outputs.class_queries_logits.shape == (2, 5, 4) and outputs.masks_queries_logits.shape == (2, 5, 32, 32)
     outputs.loss.backward()
     assert_every_branch_learns(model)

@@ -231,6 +231,13 @@ def test_labels_that_cannot_be_used_are_named(change, message):
         build_model()(pixels(), labels=[label((0, 0, 20, 50)), broken])
 
 
+def test_predictions_that_are_not_finite_name_the_image():
+    broken = pixels()
+    broken[1, 0, 5, 5] = float("nan")
+    with pytest.raises(ValueError, match="predictions for image 1 of the batch are NaN or infinite"):
+        build_model()(broken, labels=labels())
+
+
 def test_missing_labels_of_an_image_are_named():
     with pytest.raises(ValueError, match="list of 2 dictionaries"):
         build_model()(pixels(), labels=labels()[:1])
@@ -315,3 +322,5 @@ def test_pipeline_gives_masks_of_instances(tmp_path):
     for instance in instances:
         assert instance["mask"].size == (120, 90) and np.asarray(instance["mask"]).any()
         assert instance["label"].startswith("LABEL_") and 0.05 < instance["score"] <= 1
+    with pytest.raises(ValueError, match="Subtask semantic is not supported for model .*PiipForInstanceSegmentation"):
+        segment(picture, subtask="semantic")

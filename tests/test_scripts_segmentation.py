@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
@@ -242,6 +243,35 @@ def test_bad_data_is_an_error_before_training(config, data, tmp_path):
     with pytest.raises(ValueError, match=r"labels/validation/3\.png .* class id 9, but there are 3 class names"):
         run_trainer(config, str(tmp_path / "data"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# The documented run, shorter
+
+
+@pytest.mark.slow
+def test_short_version_of_the_documented_run_beats_the_background(tmp_path, monkeypatch):
+    # two digits instead of ten, one or two per scene, and everything half as large
+    make_digits = load_script("make_digits_dataset")
+    monkeypatch.setattr(make_digits, "load_digits", lambda: load_digits(n_class=2))
+    monkeypatch.setattr(make_digits, "NUM_SCENES", {"train": 192, "validation": 48})
+    monkeypatch.setattr(make_digits, "SCENE_SIZE", 64)
+    monkeypatch.setattr(make_digits, "DIGIT_HEIGHTS", (32, 48))
+    monkeypatch.setattr(make_digits, "NUM_DIGITS_PER_SCENE", (1, 2))
+    make_digits.make_dataset("semantic", tmp_path / "scenes")
+    recipe = json.loads((SCRIPTS / "recipes" / "digit_scenes.json").read_text())
+    for branch in recipe["branches"]:
+        branch["image_size"] //= 2
+    (tmp_path / "config.json").write_text(json.dumps(recipe))
+
+    options = ["--config_name", str(tmp_path / "config.json"), "--data_dir", str(tmp_path / "scenes")]
+    options += ["--output_dir", str(tmp_path / "model"), "--num_train_epochs", "10", "--eval_strategy", "no"]
+    options += ["--load_best_model_at_end", "no", "--use_cpu", "--disable_tqdm", "true"]
+    results = trainer_script.main([str(SCRIPTS / "recipes" / "digit_scenes.yaml"), *options])
+    maps = [np.asarray(Image.open(file)) for file in (tmp_path / "scenes" / "labels" / "validation").iterdir()]
+    only_background = np.mean(np.array(maps) == 0) / 3
+    print(f"mIoU {results['eval_mean_iou']:.3f}, of the background alone {only_background:.3f}")
+    # a model that has learned nothing calls everything background; one that finds half of the ink is above this floor
+    assert results["eval_mean_iou"] > max(only_background + 0.1, 0.5)
 
 
 # Accelerate

@@ -34,11 +34,7 @@ class PiipImageProcessingTester(image_processing_common.ImageProcessingTester):
         return self.options
 
 
-class PiipImageProcessingTest(
-    image_processing_common.ImageProcessingTestMixin,
-    image_processing_common.PostProcessSemanticSegmentationTestMixin,
-    unittest.TestCase,
-):
+class PiipImageProcessingTestMixin(image_processing_common.ImageProcessingTestMixin):
     @property
     def image_processing_classes(self):
         return self.image_processor_tester.image_processing_classes
@@ -60,7 +56,13 @@ class PiipImageProcessingTest(
         self.skipTest("PIIP models need torchvision")
 
 
-class PiipInstanceSegmentationImageProcessingTest(PiipImageProcessingTest):
+class PiipImageProcessingTest(
+    PiipImageProcessingTestMixin, image_processing_common.PostProcessSemanticSegmentationTestMixin, unittest.TestCase
+):
+    pass
+
+
+class PiipInstanceSegmentationImageProcessingTest(PiipImageProcessingTestMixin, unittest.TestCase):
     def setUp(self):
         super().setUp()
         self.image_processor_tester.image_processing_classes = {

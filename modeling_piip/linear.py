@@ -1,0 +1,111 @@
+# Copyright 2026 The PIIP for Transformers authors. MIT license.
+"""
+Linear layers that may run as 1x1 convolutions. On CPUs PyTorch gives float32 matrix products to the BLAS it was built
+with, mostly MKL, but convolutions to oneDNN. Where MKL has no good kernels for a processor oneDNN takes half the time;
+elsewhere both take the same.
+"""
+
+import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+LINEAR_BACKENDS = ("auto", "default", "onednn")
+# Convolutions bring their weights into another layout at every call. It pays from so many multiply-adds on, if many
+# rows share the weights.
+_MINIMUM_MULTIPLY_ADDS = 2**22
+_MINIMUM_ROWS = 16
+# Where both take about the same, the choice must not change from run to run
+_MINIMUM_SPEEDUP = 1.25
+
+_backend = "auto"
+
+
+def set_linear_backend(backend: str):
+    r"""
+    Chooses how the linear layers of all PIIP models of this process run in float32 on the CPU. Results differ by
+    rounding only. Compiled and exported models, other devices and other data types always run the default.
+
+    Args:
+        backend (`str`):
+            `"default"`: `torch.nn.functional.linear`. `"onednn"`: 1x1 convolutions. `"auto"`, where every process
+            begins: the faster one, measured once, when the first large layer runs (some 20 milliseconds).
+
+    Raises:
+        ValueError: If `backend` is none of these.
+    """
+    global _backend
+    if backend not in LINEAR_BACKENDS:
+        raise ValueError(f"Unknown backend of linear layers {backend!r}. Choose one of {', '.join(LINEAR_BACKENDS)}.")
+    _backend = backend
+
+
+def get_linear_backend() -> str:
+    """What `set_linear_backend` set."""
+    return _backend
+
+
+def linear_as_convolution(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`torch.nn.functional.linear` as a 1x1 convolution of one channels-last image with one row per token."""
+    # (..., in_features) -> (1, in_features, num_tokens, 1)
+    image = hidden_states.reshape(1, -1, 1, hidden_states.shape[-1]).permute(0, 3, 1, 2)
+    output = F.conv2d(image, weight[:, :, None, None], bias)
+    return output.permute(0, 2, 3, 1).reshape(*hidden_states.shape[:-1], weight.shape[0])
+
+
+@torch.no_grad()
+def _measure_speedup() -> float:
+    """Time of the default linear layer by that of the convolution, for a layer of the size of a ViT's."""
+    hidden_states, weight, bias = torch.ones(256, 768), torch.ones(768, 768), torch.ones(768)
+
+    def measure(function) -> float:
+        start = time.perf_counter()
+        function(hidden_states, weight, bias)
+        return time.perf_counter() - start
+
+    times = [(measure(F.linear), measure(linear_as_convolution)) for _ in range(8)]
+    linear, convolution = map(min, zip(*times))
+    return linear / convolution
+
+
+@functools.cache
+def is_onednn_faster() -> bool:
+    """Measured at the first call."""
+    # A new thread, because the caller may be inside autocast, an operation counter or a mode of fake tensors
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(_measure_speedup).result() >= _MINIMUM_SPEEDUP
+
+
+class PiipLinear(nn.Linear):
+    """`torch.nn.Linear` whose matrix product `set_linear_backend` chooses."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.runs_as_convolution(hidden_states):
+            return linear_as_convolution(hidden_states, self.weight, self.bias)
+        return super().forward(hidden_states)
+
+    def runs_as_convolution(self, hidden_states: torch.Tensor) -> bool:
+        if _backend == "default" or torch.compiler.is_compiling() or not self.can_run_as_convolution(hidden_states):
+            return False
+        if _backend == "onednn":
+            return True
+        num_rows = hidden_states.numel() // self.in_features
+        is_large = num_rows >= _MINIMUM_ROWS and num_rows * self.weight.numel() >= _MINIMUM_MULTIPLY_ADDS
+        return is_large and is_onednn_faster()
+
+    def can_run_as_convolution(self, hidden_states: torch.Tensor) -> bool:
+        return (
+            hidden_states.device.type == "cpu"
+            and hidden_states.dtype == self.weight.dtype == torch.float32
+            # quantized and sharded weights are tensors of other classes, which know linear layers only
+            and type(self.weight) is nn.Parameter
+            and hidden_states.numel() > 0
+            and not torch.is_autocast_enabled("cpu")
+            and torch.backends.mkldnn.is_available()
+        )
