@@ -216,7 +216,7 @@ def test_loop_resumes_exactly_after_a_kill(config, digits, tmp_path):
     killed[killed.index("--max_train_steps") + 1] = "3"
     with pytest.MonkeyPatch.context() as patch:
         # killed while it evaluates, right after the checkpoint
-        patch.setattr(training_loop, "get_scheduler", schedule_of(6))
+        patch.setattr(training_loop, "build_scheduler", schedule_of(6))
         patch.setattr(no_trainer_script, "evaluate_model", kill)
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(KeyboardInterrupt):
@@ -233,8 +233,8 @@ def kill(*args):
 
 
 def schedule_of(max_steps):
-    original = training_loop.get_scheduler
-    return lambda name, optimizer, warmup_steps, _: original(name, optimizer, warmup_steps, max_steps)
+    original = training_loop.build_scheduler
+    return lambda name, optimizer, warmup_steps, _, drops: original(name, optimizer, warmup_steps, max_steps, drops)
 
 
 def test_loop_loss_does_not_grow_with_accumulation(config, digits, tmp_path):
