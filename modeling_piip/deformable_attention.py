@@ -5,6 +5,7 @@ deformable_attention_triton.py replace it where they can run.
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,41 @@ def check_levels(value: torch.Tensor, spatial_shapes: list[tuple[int, int]], pla
         )
 
 
+# Code from the Hub is loaded once per checkpoint, each time as another module, and every copy has its own operator
+@torch.library.custom_op(f"{re.sub('[^a-zA-Z0-9]', '_', __name__)}::grid_sample", mutates_args=())
+def opaque_grid_sample(feature_map: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    return F.grid_sample(feature_map, grid, align_corners=False)
+
+
+@opaque_grid_sample.register_fake
+def _(feature_map, grid):
+    return feature_map.new_empty(*feature_map.shape[:2], *grid.shape[1:3])
+
+
+def save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def grid_sample_backward(ctx, grad_output):
+    bilinear, zeros = 0, 0
+    return torch.ops.aten.grid_sampler_2d_backward(
+        grad_output, *ctx.saved_tensors, bilinear, zeros, False, list(ctx.needs_input_grad)
+    )
+
+
+opaque_grid_sample.register_autograd(grid_sample_backward, setup_context=save_for_backward)
+
+
+def grid_sample(feature_map: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """
+    `F.grid_sample` with zeros outside. The compiler would take it apart; on CPUs what it makes of the parts is some
+    30 times slower.
+    """
+    if grid.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return opaque_grid_sample(feature_map, grid)
+    return F.grid_sample(feature_map, grid, align_corners=False)
+
+
 def sample_levels(
     value: torch.Tensor, spatial_shapes: list[tuple[int, int]], grids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
@@ -71,14 +107,15 @@ def sample_levels(
         feature_map = level_value.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         # (batch_size * num_heads, num_points, num_queries, 2)
         grid = grids[:, :, level].flatten(0, 1).transpose(2, 3)
-        samples = F.grid_sample(feature_map, grid, align_corners=False)
+        samples = grid_sample(feature_map, grid)
         weight = weights[:, :, level].flatten(0, 1).unsqueeze(1)
         # point by point, because a product of all samples would be as large as the samples
         for point_samples, point_weight in zip(samples.unbind(dim=2), weight.unbind(dim=2)):
             output = torch.addcmul(output, point_samples, point_weight)
     # (batch_size * num_heads, head_dim, num_queries) -> (batch_size, num_queries, num_heads * head_dim)
     output = output.reshape(batch_size, num_heads * head_dim, num_queries).transpose(1, 2)
-    return output.to(value.dtype)
+    # linear layers are faster on contiguous tokens
+    return output.to(value.dtype).contiguous()
 
 
 def queries_last(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

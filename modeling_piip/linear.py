@@ -18,9 +18,10 @@ LINEAR_BACKENDS = ("auto", "default", "onednn")
 # Convolutions bring their weights into another layout at every call. It pays from so many multiply-adds on, if many
 # rows share the weights.
 _MINIMUM_MULTIPLY_ADDS = 2**22
-_MINIMUM_ROWS = 16
+# Both ways are measured with so many rows, because the cost of the layout is shared by the rows
+MEASURED_ROWS = (16, 64, 256, 1024)
 # Where both take about the same, the choice must not change from run to run
-_MINIMUM_SPEEDUP = 1.05
+_MINIMUM_SPEEDUP = 1.1
 
 _backend = "auto"
 
@@ -33,7 +34,8 @@ def set_linear_backend(backend: str):
     Args:
         backend (`str`):
             `"default"`: `torch.nn.functional.linear`. `"onednn"`: 1x1 convolutions. `"auto"`, where every process
-            begins: the faster one, measured once, when the first large layer runs (some 0.3 seconds).
+            begins: the faster one for the number of rows, measured once for 16, 64, 256 and 1024 rows, when the first
+            large layer of that many runs (some 0.3 seconds together).
 
     Raises:
         ValueError: If `backend` is none of these.
@@ -60,9 +62,9 @@ def linear_as_convolution(
 
 
 @torch.no_grad()
-def _measure_speedup() -> float:
+def _measure_speedup(num_rows: int) -> float:
     """Time of the default linear layer by that of the convolution, for the first layer of the MLP of a ViT-B."""
-    hidden_states, weight, bias = torch.ones(1024, 768), torch.ones(3072, 768), torch.ones(3072)
+    hidden_states, weight, bias = torch.ones(num_rows, 768), torch.ones(3072, 768), torch.ones(3072)
 
     def measure(function) -> float:
         start = time.perf_counter()
@@ -75,11 +77,11 @@ def _measure_speedup() -> float:
 
 
 @functools.cache
-def is_onednn_faster() -> bool:
-    """Measured at the first call."""
+def is_onednn_faster(num_rows: int) -> bool:
+    """For one of `MEASURED_ROWS`; measured at the first call."""
     # A new thread, because the caller may be inside autocast, an operation counter or a mode of fake tensors
     with ThreadPoolExecutor(max_workers=1) as executor:
-        return executor.submit(_measure_speedup).result() >= _MINIMUM_SPEEDUP
+        return executor.submit(_measure_speedup, num_rows).result() >= _MINIMUM_SPEEDUP
 
 
 class PiipLinear(nn.Linear):
@@ -96,8 +98,9 @@ class PiipLinear(nn.Linear):
         if _backend == "onednn":
             return True
         num_rows = hidden_states.numel() // self.in_features
-        is_large = num_rows >= _MINIMUM_ROWS and num_rows * self.weight.numel() >= _MINIMUM_MULTIPLY_ADDS
-        return is_large and is_onednn_faster()
+        if num_rows < MEASURED_ROWS[0] or num_rows * self.weight.numel() < _MINIMUM_MULTIPLY_ADDS:
+            return False
+        return is_onednn_faster(max(rows for rows in MEASURED_ROWS if rows <= num_rows))
 
     def can_run_as_convolution(self, hidden_states: torch.Tensor) -> bool:
         return (

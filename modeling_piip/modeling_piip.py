@@ -195,7 +195,8 @@ class PiipDropPath(nn.Module):
             return hidden_states
         shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
         keep = hidden_states.new_full(shape, 1 - self.rate).bernoulli()
-        return hidden_states * keep / (1 - self.rate)
+        # the rest is rescaled; divided here, the large tensor is touched only once
+        return hidden_states * (keep / (1 - self.rate))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -492,7 +493,7 @@ class PiipViTBranch(PiipBranch):
         for index in self.stage_layers[stage]:
             hidden_states = self.layers[index](hidden_states, grid_size, **kwargs)
         if cls_token is not None:
-            cls_token, hidden_states = hidden_states[:, :1], hidden_states[:, 1:]
+            cls_token, hidden_states = hidden_states[:, :1], hidden_states[:, 1:].contiguous()
         return hidden_states, cls_token, grid_size
 
 

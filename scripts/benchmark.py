@@ -3,6 +3,7 @@
     python scripts/benchmark.py --variant piip-tsb-368-192-128-in1k --batch_size 1 8
     python scripts/benchmark.py --variant piip-tsb-1120-896-448-mask-rcnn-coco --dtype float32 bfloat16
     python scripts/benchmark.py --variant piip-tsb-368-192-128-in1k --task training --checkpointing no yes
+    python scripts/benchmark.py --variant piip-tsb-368-192-128-in1k --linear default --profile
     python scripts/benchmark.py --variant piip-tsb-1120-896-448-mask-rcnn-coco --ops
 
 All that is compared takes turns, round by round, so that a machine that slows down slows all of it. Times are medians
@@ -12,13 +13,16 @@ over the rounds with their quartiles, ratios are medians of the ratios within a 
                    comes, for other networks the published single ViT of that size. --against takes variants, folders
                    of models, single (the largest branch alone) and timm:NAME, with @SIZE for other image sizes.
     models         classifiers with their head, all others as backbones with their feature pyramid; random weights.
-    training       forward, mean square of the outputs as loss, backward, AdamW; float16 and bfloat16 by autocast.
+    training       forward, mean square of the outputs as loss, backward, fused AdamW as in Trainer; float16 and
+                   bfloat16 by autocast.
     multiply-adds  those that are executed, see scripts/complexity.py; three times as many in training.
     of peak        multiply-adds per second beside those of bare matrix products in the same rounds: the largest linear
                    layers of the network, by the fastest of the libraries at hand. On CPUs these are the BLAS that
                    PyTorch was built with, and oneDNN by 1x1 convolutions.
     memory         growth of the process by one step on CPUs (Linux only), peak of allocated tensors on GPUs.
-    --ops          deformable attention alone, at the shapes of the network, against Transformers' implementation.
+    --profile      where the time of each network goes, by kind of operator, on average over 3 steps.
+    --ops          deformable attention alone, from offsets and logits on, at the shapes of the network, against
+                   Transformers' implementation.
 
 A quiet machine measures best. docs/benchmarks.md holds results and says what helps.
 """
@@ -47,6 +51,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
@@ -54,9 +59,10 @@ from transformers.models.deformable_detr.modeling_deformable_detr import MultiSc
 from modeling_piip import PiipBackbone, PiipConfig, PiipForImageClassification
 from modeling_piip.complexity import build_on_meta, count_actual
 from modeling_piip.configuration_piip import find_variant
-from modeling_piip.deformable_attention import PiipDeformableAttention, multi_scale_deformable_attention
+from modeling_piip.deformable_attention import PiipDeformableAttention, attend_around_references
 from modeling_piip.linear import (
     LINEAR_BACKENDS,
+    MEASURED_ROWS,
     get_linear_backend,
     is_onednn_faster,
     linear_as_convolution,
@@ -74,6 +80,19 @@ SINGLE_BACKBONES = {
 TIMM_CLASSIFIERS = {768: "timm:deit_base_patch16_224", 1024: "timm:vit_large_patch16_224"}
 # So many shapes stand for all linear layers of a network
 NUM_PRODUCTS = 6
+# Kinds of operators by their names, the first that fits
+OPERATOR_KINDS = {
+    "matrix products": r"mm(_|$)|linear|gemm|cutlass|xmma",
+    "attention": r"dot_product|flash|fmha",
+    "convolutions": r"conv",
+    "norms": r"norm",
+    "GELU": r"gelu",
+    "sampling": r"grid_sampler",
+    "optimizer": r"adam",
+    "copies": r"copy|cat|clone",
+    "other": r"",
+}
+NUM_PROFILED_STEPS = 3
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -94,6 +113,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpointing", nargs="+", choices=["no", "yes"], default=["no"], help="of gradients, in training of ours"
     )
+    parser.add_argument("--profile", action="store_true", help="also show where the time of each network goes")
     parser.add_argument("--ops", action="store_true", help="measure deformable attention instead of networks")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
@@ -263,7 +283,7 @@ def build_steps(
     if checkpointing == "yes":
         model.gradient_checkpointing_enable()
     if task == "training":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         step, factor = functools.partial(run_training, optimizer=optimizer, dtype=DTYPES[dtype]), 3
     else:
         model.to(DTYPES[dtype])
@@ -394,39 +414,43 @@ def build_operator_step(
     num_values = sum(height * width for height, width in spatial_shapes)
     options = {"device": args.device, "dtype": DTYPES[dtype]}
     value = torch.randn(batch_size, num_values, num_heads, head_dim, **options)
-    weights = torch.rand(batch_size, num_queries, num_heads, num_levels, num_points, **options)
-    locations = torch.rand(*weights.shape, 2, device=args.device)
-    if implementation == "ours":
-        attend = functools.partial(attend_ours, list(spatial_shapes))
-    else:
-        # it takes one type for all
-        locations = locations.to(DTYPES[dtype])
-        attend = functools.partial(attend_transformers, list(spatial_shapes))
-    tensors = (value, locations, weights)
+    logits = torch.randn(batch_size, num_queries, num_heads, num_levels, num_points, **options)
+    offsets = torch.randn(*logits.shape, 2, **options)
+    reference_points = torch.rand(1, num_queries, num_levels, 2, device=args.device)
+    attend = attend_around_references if implementation == "ours" else attend_transformers
+    attend = functools.partial(attend, spatial_shapes=list(spatial_shapes), reference_points=reference_points)
+    tensors = {"value": value, "sampling_offsets": offsets, "attention_logits": logits}
     if task == "forward":
         return functools.partial(run_forward, attend, tensors)
-    for tensor in tensors:
+    for tensor in tensors.values():
         tensor.requires_grad_()
     return functools.partial(run_backward, attend, tensors)
 
 
-def attend_ours(spatial_shapes, value, locations, weights) -> torch.Tensor:
-    return multi_scale_deformable_attention(value, spatial_shapes, locations, weights)
-
-
-def attend_transformers(spatial_shapes, value, locations, weights) -> torch.Tensor:
-    # tensors of shapes and starts are for its CUDA kernel
-    return MultiScaleDeformableAttention()(value, None, spatial_shapes, None, locations, weights, im2col_step=64)
+def attend_transformers(
+    value: torch.Tensor,
+    spatial_shapes: list[tuple[int, int]],
+    reference_points: torch.Tensor,
+    sampling_offsets: torch.Tensor,
+    attention_logits: torch.Tensor,
+) -> torch.Tensor:
+    """What its models compute after their projections, with centres of the queries as reference points."""
+    weights = attention_logits.flatten(3).softmax(dim=-1).view_as(attention_logits)
+    sizes = sampling_offsets.new_tensor([[width, height] for height, width in spatial_shapes])
+    locations = reference_points[:, :, None, :, None] + sampling_offsets / sizes[:, None]
+    # it takes one type for all; tensors of shapes and starts are for its CUDA kernel
+    attend = MultiScaleDeformableAttention()
+    return attend(value, None, spatial_shapes, None, locations.to(value.dtype), weights, im2col_step=64)
 
 
 @torch.inference_mode()
-def run_forward(attend: Callable, tensors: tuple[torch.Tensor, ...]):
-    attend(*tensors)
+def run_forward(attend: Callable, tensors: dict[str, torch.Tensor]):
+    attend(**tensors)
 
 
-def run_backward(attend: Callable, tensors: tuple[torch.Tensor, ...]):
-    output = attend(*tensors)
-    torch.autograd.grad(output, tensors, torch.ones_like(output))
+def run_backward(attend: Callable, tensors: dict[str, torch.Tensor]):
+    output = attend(**tensors)
+    torch.autograd.grad(output, list(tensors.values()), torch.ones_like(output))
 
 
 # ----------------------------------------------------- measuring -----------------------------------------------------
@@ -476,6 +500,22 @@ def read_process_memory(name: str) -> int:
     return 1024 * int(kilobytes)
 
 
+def profile_step(step: Callable[[], object], device: torch.device) -> dict:
+    """Seconds of one step by kind of operator, and how many operators it starts."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        for _ in range(NUM_PROFILED_STEPS):
+            step()
+        synchronize(device)
+    seconds, calls = dict.fromkeys(OPERATOR_KINDS, 0.0), 0
+    for event in profiler.key_averages():
+        kind = next(kind for kind, pattern in OPERATOR_KINDS.items() if re.search(pattern, event.key, re.IGNORECASE))
+        microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        seconds[kind] += microseconds / 1e6 / NUM_PROFILED_STEPS
+        calls += event.count if event.key.startswith("aten::") else 0
+    return {"seconds": seconds, "operators": calls // NUM_PROFILED_STEPS}
+
+
 def name_library(device: str, dtype: str) -> str:
     """What multiplies matrices in `torch.nn.functional.linear`."""
     if device != "cpu":
@@ -493,9 +533,11 @@ def name_matrix_library(settings: dict, device: str) -> str:
     default, linear = name_library(device, settings["dtype"]), settings["linear"]
     if device != "cpu" or settings["dtype"] != "float32" or linear == "default":
         return default
-    if linear == "onednn" or is_onednn_faster():
-        return "oneDNN, 1x1 convolution"
-    return default
+    convolution = "oneDNN, 1x1 convolution"
+    if linear == "onednn":
+        return convolution
+    rows = [str(rows) for rows in MEASURED_ROWS if is_onednn_faster(rows)]
+    return f"{convolution} near {', '.join(rows)} rows, else {default}" if rows else default
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int]:
@@ -651,11 +693,28 @@ def format_networks(report: dict) -> list[str]:
         for row in report["products"]
     ]
     lines += ["", *format_table(products)]
+    if "profile" in report["networks"][0]:
+        lines += ["", *format_profile(report)]
     if report["comparisons"]:
         rows = [format_comparison(comparison) for comparison in report["comparisons"]]
         rows, constant = drop_constant(rows, ["task", "batch size", "dtype", "mode", "linear", "checkpointing"])
         lines += ["", f"{report['networks'][0]['network']} ({constant}) beside others:", "", *format_table(rows)]
     return lines
+
+
+def format_profile(report: dict) -> list[str]:
+    names = ["task", "batch size", "dtype", "mode", "linear", "checkpointing"]
+    rows = [
+        {
+            "network": row["network"],
+            **{name: row[name] for name in names},
+            **{f"{kind}, ms": f"{1000 * seconds:.3g}" for kind, seconds in row["profile"]["seconds"].items()},
+            "operators": row["profile"]["operators"],
+        }
+        for row in report["networks"]
+    ]
+    rows, constant = drop_constant(rows, names)
+    return [f"Where the time goes ({constant}):", "", *format_table(rows)]
 
 
 def format_comparison(comparison: dict) -> dict[str, str]:
@@ -772,6 +831,9 @@ def run(args: argparse.Namespace) -> dict:
     products = build_products(args, config, size)
     measure(contestants + products, args.rounds, device)
     report["networks"] = [to_row(contestant, products) for contestant in contestants]
+    if args.profile:
+        for row, contestant in zip(report["networks"], contestants, strict=True):
+            row["profile"] = profile_step(contestant.step, device)
     report["products"] = [to_row(contestant, []) for contestant in products]
     report["comparisons"] = find_comparisons(contestants)
     return report

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_piip import PiipBackbone, PiipForImageClassification, linear, modeling_piip
+from modeling_piip import PiipBackbone, PiipForImageClassification, deformable_attention, linear, modeling_piip
 from modeling_piip.linear import PiipLinear, get_linear_backend, set_linear_backend
 
 from .common import build, images, tiny_branch, tiny_cls_config, tiny_config
@@ -113,22 +115,26 @@ def test_changed_weights_are_used_at_once(change):
     assert not torch.allclose(fast["output 0"], before, rtol=1e-3)
 
 
-@pytest.mark.parametrize("speedup, expected", [(1.0, 0), (1.5, 1)])
-def test_automatic_choice_follows_the_measurement_which_is_made_once(speedup, expected, num_convolutions, monkeypatch):
+def test_automatic_choice_follows_the_measurement_for_the_number_of_rows(num_convolutions, monkeypatch):
     measurements = []
-    monkeypatch.setattr(linear, "_measure_speedup", lambda: measurements.append(None) or speedup)
+    speedups = {16: 1.0, 64: 1.05, 256: 2.0, 1024: 1.0}
+    monkeypatch.setattr(linear, "_measure_speedup", lambda rows: measurements.append(rows) or speedups[rows])
     layer = PiipLinear(512, 512)
     set_linear_backend("auto")
+    choices = {}
     with torch.no_grad():
-        layer(torch.ones(1, 64, 512))
-        assert len(num_convolutions) == expected
-        layer(torch.ones(1, 64, 512))
-    assert len(measurements) == 1
+        for rows in (16, 63, 64, 255, 256, 300, 1023, 1024, 5000):
+            count = len(num_convolutions)
+            layer(torch.ones(1, rows, 512))
+            choices[rows] = len(num_convolutions) > count
+    assert [rows for rows, is_convolution in choices.items() if is_convolution] == [256, 300, 1023]
+    # once each
+    assert measurements == [16, 64, 256, 1024]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 15])
 def test_automatic_choice_leaves_few_rows_to_the_default(rows, num_convolutions, monkeypatch):
-    monkeypatch.setattr(linear, "_measure_speedup", lambda: 2.0)
+    monkeypatch.setattr(linear, "_measure_speedup", lambda rows: 2.0)
     set_linear_backend("auto")
     assert PiipLinear(2048, 2048)(torch.ones(rows, 2048)).shape == (rows, 2048)
     assert not num_convolutions
@@ -136,11 +142,11 @@ def test_automatic_choice_leaves_few_rows_to_the_default(rows, num_convolutions,
 
 def test_measurement_is_no_part_of_what_the_caller_counts_or_records():
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        linear.is_onednn_faster()
+        linear.is_onednn_faster(64)
     assert counter.get_total_flops() == 0
     state = torch.get_rng_state()
     linear.is_onednn_faster.cache_clear()
-    linear.is_onednn_faster()
+    linear.is_onednn_faster(64)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -176,6 +182,60 @@ def test_layers_are_linear_layers_for_whoever_replaces_or_saves_them():
 def test_unknown_backend_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="'mkl'.*auto, default, onednn"):
         set_linear_backend("mkl")
+
+
+# ------------------------------------------------------ sampling -----------------------------------------------------
+
+
+def attend(feature_map: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    references = torch.linspace(0, 1, 2 * offsets.shape[1]).reshape(1, -1, 1, 2)
+    return deformable_attention.attend_around_references(feature_map, [(5, 4)], references, offsets, logits)
+
+
+def get_attention_inputs() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = [(2, 20, 3, 6), (2, 7, 3, 1, 4, 2), (2, 7, 3, 1, 4)]
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def get_operators(graph: torch.fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_function"}
+
+
+def test_compiled_sampling_is_one_operator_with_the_same_outputs_and_gradients():
+    inputs, operators = get_attention_inputs(), set()
+
+    def record(module: torch.fx.GraphModule, _):
+        operators.update(get_operators(module.graph))
+        return make_boxed_func(module.forward)
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend=aot_autograd(fw_compiler=record))
+    results = []
+    for function in (attend, compiled):
+        output = function(*inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected)
+    assert "modeling_piip_deformable_attention.grid_sample.default" in operators
+    assert not any("grid_sampler_2d.default" in name for name in operators)
+
+
+def test_sampling_operator_fits_its_description():
+    feature_map, grid = torch.randn(2, 3, 5, 4, requires_grad=True), torch.rand(2, 6, 7, 2, requires_grad=True)
+    channels_last = feature_map.detach().to(memory_format=torch.channels_last).requires_grad_()
+    for inputs in ((feature_map, grid), (channels_last, grid)):
+        torch.library.opcheck(deformable_attention.opaque_grid_sample, inputs)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_sampling_needs_no_operator_of_ours(strict):
+    class Attention(nn.Module):
+        def forward(self, *inputs):
+            return attend(*inputs)
+
+    program = torch.export.export(Attention(), tuple(get_attention_inputs()), strict=strict)
+    assert all(name.startswith(("aten.", "<built-in", "_operator")) for name in get_operators(program.graph))
 
 
 # --------------------------------------------------- channels last ---------------------------------------------------
@@ -225,8 +285,5 @@ def test_tokens_are_contiguous_in_all_layers(model_class, config):
     model = build(model_class, config)
     with torch.no_grad():
         outputs = getattr(model, "piip", model)(images(), output_hidden_states=True)
-    # those of a branch with class token are slices
     hidden_states = outputs.hidden_states
-    if not config.branches[0].use_cls_token:
-        assert [tokens.is_contiguous() for tokens in hidden_states] == [True] * len(hidden_states)
-    assert [tokens.stride(-1) for tokens in hidden_states] == [1] * len(hidden_states)
+    assert [tokens.is_contiguous() for tokens in hidden_states] == [True] * len(hidden_states)
