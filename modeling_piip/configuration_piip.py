@@ -681,9 +681,22 @@ class PiipConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.architectures == ["PiipForSemanticSegmentation"]:
             # the pipeline tries this class first, whatever the kind of segmentation
             self.auto_map["AutoModelForImageSegmentation"] = self.auto_map["AutoModelForSemanticSegmentation"]
+        _require(
+            self.num_labels > 0,
+            f"`num_labels` must be positive, or `id2label` hold a class, got {self.num_labels} classes. For features "
+            "without a classifier use `PiipModel` or `PiipBackbone`, which ignore the number.",
+        )
         self._check_branches()
         self._check_interactions()
         self._check_merge()
+
+    def verify_out_features_out_indices(self):
+        super().verify_out_features_out_indices()
+        _require(
+            self._out_features != [] and self._out_indices != [],
+            f"`out_features` or `out_indices` is empty: name at least one level of {self.stage_names}, or leave both "
+            "out for all of them.",
+        )
 
     def _check_branches(self):
         _require(len(self.branches) > 0, "`branches` is empty: give at least one branch.")

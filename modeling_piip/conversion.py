@@ -167,7 +167,26 @@ DINO_RENAMES = (
     (r"^cls_branches\.(\d+)\.", r"decoder.heads.\1.classifier."),
     (r"^reg_branches\.(\d+)\.", r"decoder.heads.\1.box_regressor."),
 )
-# The only settings of the official DINO that ours has
+# Our settings of DINO, where they are in the official configuration, and the only values of others
+DINO_ENTRIES = {
+    "hidden_size": "neck.out_channels",
+    "num_queries": "bbox_head.num_query",
+    "encoder_layers": "bbox_head.transformer.encoder.num_layers",
+    "decoder_layers": "bbox_head.transformer.decoder.num_layers",
+    "intermediate_size": "bbox_head.transformer.encoder.transformerlayers.feedforward_channels",
+    "position_temperature": "bbox_head.positional_encoding.temperature",
+    "num_denoising_queries": "bbox_head.dn_cfg.group_cfg.num_dn_queries",
+    "label_noise_ratio": "bbox_head.dn_cfg.noise_scale.label",
+    "box_noise_scale": "bbox_head.dn_cfg.noise_scale.box",
+    "class_cost": "train_cfg.assigner.cls_cost.weight",
+    "bbox_cost": "train_cfg.assigner.reg_cost.weight",
+    "giou_cost": "train_cfg.assigner.iou_cost.weight",
+    "class_loss_coefficient": "bbox_head.loss_cls.loss_weight",
+    "bbox_loss_coefficient": "bbox_head.loss_bbox.loss_weight",
+    "giou_loss_coefficient": "bbox_head.loss_iou.loss_weight",
+    "focal_alpha": "bbox_head.loss_cls.alpha",
+    "focal_gamma": "bbox_head.loss_cls.gamma",
+}
 DINO_SETTINGS = {"type": "DINOHead", "as_two_stage": True, "with_box_refine": True}
 # The only settings of the official segmentation heads that ours have
 DECODE_HEAD_SETTINGS = {"type": "UPerHead", "in_index": [0, 1, 2, 3], "align_corners": False}
@@ -500,21 +519,22 @@ def convert_uper_net(segmentor: dict) -> dict:
     decode_head, auxiliary_head = segmentor["decode_head"], segmentor.get("auxiliary_head")
     check_settings(decode_head, DECODE_HEAD_SETTINGS, "decode_head")
     uper_net = {
-        "hidden_size": decode_head["channels"],
-        "pool_scales": list(decode_head["pool_scales"]),
-        "dropout": decode_head["dropout_ratio"],
+        "hidden_size": get_entry(segmentor, "decode_head.channels"),
+        "pool_scales": list(get_entry(segmentor, "decode_head.pool_scales")),
+        "dropout": get_entry(segmentor, "decode_head.dropout_ratio"),
         "use_auxiliary_head": auxiliary_head is not None,
     }
     if auxiliary_head is not None:
-        settings = AUXILIARY_HEAD_SETTINGS | {"dropout_ratio": decode_head["dropout_ratio"]}
+        settings = AUXILIARY_HEAD_SETTINGS | {"dropout_ratio": uper_net["dropout"]}
         check_settings(auxiliary_head, settings, "auxiliary_head")
-        uper_net["auxiliary_hidden_size"] = auxiliary_head["channels"]
-        uper_net["auxiliary_loss_weight"] = auxiliary_head["loss_decode"]["loss_weight"]
-    test = segmentor.get("test_cfg") or {"mode": "whole"}
-    uper_net["inference_mode"] = test["mode"]
-    if test["mode"] == "slide":
-        uper_net |= {name: get_side(test[name], name) for name in ("crop_size", "stride")}
-    return {"uper_net": uper_net, "num_labels": decode_head["num_classes"]}
+        uper_net["auxiliary_hidden_size"] = get_entry(segmentor, "auxiliary_head.channels")
+        uper_net["auxiliary_loss_weight"] = get_entry(segmentor, "auxiliary_head.loss_decode.loss_weight")
+    uper_net["inference_mode"] = get_entry(segmentor, "test_cfg.mode") if segmentor.get("test_cfg") else "whole"
+    if uper_net["inference_mode"] == "slide":
+        uper_net |= {
+            name: get_side(get_entry(segmentor, f"test_cfg.{name}"), name) for name in ("crop_size", "stride")
+        }
+    return {"uper_net": uper_net, "num_labels": get_entry(segmentor, "decode_head.num_classes")}
 
 
 def convert_mask_rcnn(detector: dict) -> dict:
@@ -544,33 +564,12 @@ def get_entry(options: dict, path: str):
 
 def convert_dino(detector: dict) -> dict:
     """Head and number of classes of an official DINO."""
-    head, costs = detector["bbox_head"], detector["train_cfg"]["assigner"]
-    transformer, denoising = head["transformer"], head["dn_cfg"]
-    check_settings(head, DINO_SETTINGS, "bbox_head")
-    encoder_layer = transformer["encoder"]["transformerlayers"]
-    self_attention, cross_attention = transformer["decoder"]["transformerlayers"]["attn_cfgs"]
-    dino = {
-        "hidden_size": detector["neck"]["out_channels"],
-        "num_queries": head["num_query"],
-        "encoder_layers": transformer["encoder"]["num_layers"],
-        "decoder_layers": transformer["decoder"]["num_layers"],
-        "num_attention_heads": self_attention["num_heads"],
-        "num_points": cross_attention.get("num_points", 4),
-        "intermediate_size": encoder_layer["feedforward_channels"],
-        "position_temperature": head["positional_encoding"]["temperature"],
-        "num_denoising_queries": denoising["group_cfg"]["num_dn_queries"],
-        "label_noise_ratio": denoising["noise_scale"]["label"],
-        "box_noise_scale": denoising["noise_scale"]["box"],
-        "class_cost": costs["cls_cost"]["weight"],
-        "bbox_cost": costs["reg_cost"]["weight"],
-        "giou_cost": costs["iou_cost"]["weight"],
-        "class_loss_coefficient": head["loss_cls"]["loss_weight"],
-        "bbox_loss_coefficient": head["loss_bbox"]["loss_weight"],
-        "giou_loss_coefficient": head["loss_iou"]["loss_weight"],
-        "focal_alpha": head["loss_cls"]["alpha"],
-        "focal_gamma": head["loss_cls"]["gamma"],
-    }
-    return {"dino": dino, "num_labels": head["num_classes"]}
+    check_settings(get_entry(detector, "bbox_head"), DINO_SETTINGS, "bbox_head")
+    self_attention, cross_attention = get_entry(detector, "bbox_head.transformer.decoder.transformerlayers.attn_cfgs")
+    dino = {name: get_entry(detector, path) for name, path in DINO_ENTRIES.items()}
+    dino["num_attention_heads"] = get_entry(self_attention, "num_heads")
+    dino["num_points"] = cross_attention.get("num_points", 4)
+    return {"dino": dino, "num_labels": get_entry(detector, "bbox_head.num_classes")}
 
 
 def convert_config(
@@ -624,17 +623,23 @@ def convert_config(
 # ---------------------------------------------------- weights ----------------------------------------------------
 
 
+def read_official_file(path: str | Path) -> dict:
+    """
+    The content of an official `.pth` or DeepSpeed `mp_rank_00_model_states.pt` file. Only tensors and plain data are
+    unpickled.
+    """
+    # The training state beside the weights holds the command line, NumPy scalars and the colours of mmsegmentation in
+    # a NumPy array, pickled by old NumPy versions
+    scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+    harmless = [argparse.Namespace, np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType, scalar, array]
+    old_names = [(scalar, "numpy.core.multiarray.scalar"), (array, "numpy.core.multiarray._reconstruct")]
+    with torch.serialization.safe_globals(harmless + old_names):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
 def load_official_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """
-    Reads the weights of an official `.pth` or DeepSpeed `mp_rank_00_model_states.pt` file, unwraps them and drops the
-    prefixes of wrappers. Only tensors and plain data are unpickled.
-    """
-    # The training state beside the weights holds the command line and NumPy scalars, pickled by old NumPy versions
-    scalar = np.float64(0).__reduce__()[0]
-    harmless = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, scalar, (scalar, "numpy.core.multiarray.scalar")]
-    with torch.serialization.safe_globals(harmless):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    return unwrap_state_dict(checkpoint)
+    """Reads the weights of an official file, unwraps them and drops the prefixes of wrappers."""
+    return unwrap_state_dict(read_official_file(path))
 
 
 def unwrap_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
@@ -646,6 +651,17 @@ def unwrap_state_dict(checkpoint: dict) -> dict[str, torch.Tensor]:
             return unwrap_state_dict(checkpoint[name])
     state_dict = {name.removeprefix("module."): value for name, value in checkpoint.items()}
     return {name.removeprefix("backbone."): value for name, value in state_dict.items()}
+
+
+def set_class_names(config: PiipConfig, checkpoint: dict):
+    """Takes the names of the classes that mmdetection and mmsegmentation write beside the weights, if they fit."""
+    meta = checkpoint.get("meta")
+    names = meta.get("CLASSES") if isinstance(meta, dict) else None
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return
+    if len(names) == len(set(names)) == config.num_labels:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: class_id for class_id, name in enumerate(names)}
 
 
 def apply_renames(name: str, renames: Iterable[tuple[str, str]]) -> str:
@@ -872,7 +888,8 @@ def convert_checkpoint(
         official (`dict`):
             The official `model` dictionary or its `backbone` entry.
         checkpoint (`str` or `Path`):
-            The official weights.
+            The official weights. If the file names as many classes as the model has, in `meta["CLASSES"]`, these are
+            its `id2label`.
         output_dir (`str` or `Path`):
             New or empty folder; it appears only when everything is written.
         codebase (`str`, *optional*):
@@ -888,9 +905,11 @@ def convert_checkpoint(
         ConversionError: If configuration and weights are not understood or do not fit each other.
     """
     check_output_dir(output_dir)
-    state_dict = load_official_checkpoint(checkpoint)
+    content = read_official_file(checkpoint)
+    state_dict = unwrap_state_dict(content)
     codebase = codebase or infer_codebase(official.get("backbone", official))
     config, model_class = convert_config(official, codebase, state_dict)
+    set_class_names(config, content)
     processor = build_image_processor(config, codebase)
     sizes = [branch.image_size for branch in config.branches]
     card = render_generic_card(Path(output_dir).resolve().name, model_class.__name__, sizes)

@@ -274,7 +274,7 @@ def load_object_detection_data(
     else:
         splits = load_splits(args, None)
         categories = get_hub_categories(splits, args)
-        splits = {split: convert_hub_split(dataset, args, split) for split, dataset in splits.items()}
+        splits = {split: convert_hub_split(dataset, args, split, categories) for split, dataset in splits.items()}
     label_names = match_label_names(list(categories.values()), model_labels, training)
     class_ids = {category_id: label_names.index(name) for category_id, name in categories.items()}
     splits = choose_examples(splits, args, seed)
@@ -293,15 +293,11 @@ def load_coco_folder(
 ) -> tuple[dict[str, datasets.Dataset], dict[int, str]]:
     """The wanted splits of a folder as the module describes it, and the names of the category ids, rising."""
     root = Path(args.data_dir)
-    wanted = EVALUATION_SPLITS if args.eval_split is None else (args.eval_split,)
-    if training or args.train_val_split is not None:
-        wanted = (args.train_split, *wanted)
-    files = {}
-    for split in wanted:
-        candidates = [root / "annotations" / name.format(split) for name in ANNOTATION_FILES]
-        file = next((file for file in candidates if file.is_file()), None)
-        if file is not None:
-            files[split] = file
+    evaluation = EVALUATION_SPLITS if args.eval_split is None else (args.eval_split,)
+    # only one is evaluated on; those of a test split are often not public
+    evaluation = next(((split,) for split in evaluation if find_annotation_file(root, split)), evaluation)
+    wanted = (args.train_split, *evaluation) if training or args.train_val_split is not None else evaluation
+    files = {split: file for split in wanted if (file := find_annotation_file(root, split))}
     if not files:
         raise ValueError(f"--data_dir {root} has no annotations of a split named {' or '.join(wanted)}. {LAYOUT}")
     contents = {split: read_coco_file(file) for split, file in files.items()}
@@ -315,12 +311,18 @@ def load_coco_folder(
     return {split: convert_coco_split(contents[split], files[split], root, split) for split in files}, names[first]
 
 
+def find_annotation_file(root: Path, split: str) -> Path | None:
+    candidates = (root / "annotations" / name.format(split) for name in ANNOTATION_FILES)
+    return next((file for file in candidates if file.is_file()), None)
+
+
 def read_coco_file(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON file: {error}.") from error
-    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
+    parts = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in parts):
         raise ValueError(f"{file} is not in COCO format: it needs lists of 'images', 'annotations' and 'categories'.")
     return content
 
@@ -420,15 +422,25 @@ def get_hub_categories(splits: dict[str, datasets.Dataset], args: DetectionDataA
     label = label if isinstance(label, (datasets.ClassLabel, datasets.Value)) else label.feature
     if isinstance(label, datasets.ClassLabel):
         return dict(enumerate(label.names))
-    values = {
-        item[key]
-        for dataset in splits.values()
-        for objects in read_column(dataset, args.objects_column_name)
-        for item in list_objects(objects)
+    columns = {split: read_column(dataset, args.objects_column_name) for split, dataset in splits.items()}
+    present = {
+        split: {item.get(key) for objects in column for item in list_objects(objects)} - {None}
+        for split, column in columns.items()
     }
+    values = set().union(*present.values())
     if values and all(isinstance(value, int) for value in values):
         return {value: str(value) for value in sorted(values)}
-    raise ValueError(f"The objects of the data hold '{key}' as {label}: expected classes with names, or numbers.")
+    if not values or not all(isinstance(value, str) for value in values):
+        raise ValueError(
+            f"The objects of the data hold '{key}' as {label}: expected one class, as text or number, each."
+        )
+    unknown = present.get("validation", set()) - present.get("train", values)
+    if unknown:
+        raise ValueError(
+            f"The split to evaluate on has classes without an object to train on: {', '.join(sorted(unknown))}. Both "
+            "splits need the same classes, under the same names."
+        )
+    return dict(enumerate(sorted(values)))
 
 
 def get_class_key(fields: dict | None, args: DetectionDataArguments) -> str:
@@ -443,14 +455,17 @@ def get_class_key(fields: dict | None, args: DetectionDataArguments) -> str:
     return key
 
 
-def list_objects(objects: dict | list[dict]) -> list[dict]:
-    """One dictionary per object, also out of a dictionary of columns."""
+def list_objects(objects: dict | list[dict] | None) -> list[dict]:
+    """One dictionary per object, also out of a dictionary of columns; what is null is not there."""
     if isinstance(objects, dict):
-        return [dict(zip(objects, values)) for values in zip(*objects.values(), strict=True)]
-    return objects
+        columns = {name: values for name, values in objects.items() if values is not None}
+        return [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
+    return objects or []
 
 
-def convert_hub_split(dataset: datasets.Dataset, args: DetectionDataArguments, split: str) -> datasets.Dataset:
+def convert_hub_split(
+    dataset: datasets.Dataset, args: DetectionDataArguments, split: str, categories: dict[int, str]
+) -> datasets.Dataset:
     features = dataset.features
     image_column = find_column(
         {split: dataset}, args.image_column_name, datasets.Image, "image", "--image_column_name"
@@ -462,8 +477,10 @@ def convert_hub_split(dataset: datasets.Dataset, args: DetectionDataArguments, s
         image_ids = list(range(len(dataset)))
     unknown = [None] * len(dataset)
     sizes = [read_column(dataset, side) if side in features else unknown for side in ("height", "width")]
+    # for classes that are text
+    ids = {name: category_id for category_id, name in categories.items()}
     objects = [
-        [convert_hub_object(item, key, args.bbox_format) for item in list_objects(items)]
+        [convert_hub_object(item, key, args.bbox_format, ids) for item in list_objects(items)]
         for items in read_column(dataset, args.objects_column_name)
     ]
     images = dataset.select_columns([image_column]).rename_columns({image_column: "image"})
@@ -471,9 +488,9 @@ def convert_hub_split(dataset: datasets.Dataset, args: DetectionDataArguments, s
     return build_split(images, split, image_ids, list(zip(*sizes)), objects)
 
 
-def convert_hub_object(item: dict, key: str, bbox_format: str) -> dict:
-    item = {name: value for name, value in item.items() if value is not None} | {"category_id": item[key]}
-    if bbox_format == "xyxy":
+def convert_hub_object(item: dict, key: str, bbox_format: str, ids: dict[str, int]) -> dict:
+    item = item | {"category_id": ids.get(item.get(key), item.get(key))}
+    if bbox_format == "xyxy" and item.get("bbox") is not None:
         left, top, right, bottom = item["bbox"]
         item["bbox"] = [left, top, right - left, bottom - top]
     if isinstance(item.get("segmentation"), str):
@@ -530,13 +547,14 @@ def prepare_object(
     The object with its class id and with its box clipped to the image of (height, width) `size`. It keeps its
     segmentation only `with_masks`.
     """
+    item = {key: value for key, value in item.items() if value is not None}
     segmentation = item.get("segmentation")
     if with_masks and not segmentation:
         raise ValueError(f"{name} has no 'segmentation': instance segmentation needs a mask for every object.")
     mask = None
-    if segmentation and (item.get("bbox") is None or (with_masks and check_masks)):
+    if segmentation and ("bbox" not in item or (with_masks and check_masks)):
         mask = decode_segmentation(segmentation, *size, name)
-    if item.get("bbox") is None and mask is not None:
+    if "bbox" not in item and mask is not None:
         item = item | {"bbox": get_box(mask)}
     check_object(item, name)
     if item["category_id"] not in class_ids:

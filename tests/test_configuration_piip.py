@@ -87,6 +87,10 @@ BAD_CONFIGS = [
     ({"out_features": ["p1"]}, r"out_features .*\['p2', 'p3', 'p4', 'p5'\] got \['p1'\]"),
     ({"out_features": ["p5", "p2"]}, r"out_features .* same order .* got \['p5', 'p2'\]"),
     ({"out_indices": [4]}, "out_indices .*4"),
+    ({"out_features": []}, r"`out_features` .* is empty: name at least one level of \['p2', 'p3', 'p4', 'p5'\]"),
+    ({"out_indices": ()}, "`out_indices` is empty: .* leave both out for all"),
+    ({"num_labels": 0}, "`num_labels` must be positive, .* got 0 .* use `PiipModel` or `PiipBackbone`"),
+    ({"id2label": {}, "num_labels": 0}, "`id2label` hold a class, got 0"),
 ]
 
 BAD_HEADS = [
@@ -147,6 +151,12 @@ def test_wrong_type_in_a_branch_names_the_field(options):
 def test_wrong_type_names_the_field(options):
     with pytest.raises(Exception, match=re.escape(next(iter(options)))):
         tiny_config(**options)
+
+
+def test_levels_cannot_be_emptied_later():
+    config = tiny_config()
+    with pytest.raises(ValueError, match="`out_features` .* is empty"):
+        config.out_features = []
 
 
 def test_misspelled_branch_option_is_refused():

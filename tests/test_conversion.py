@@ -1,8 +1,11 @@
 """Official checkpoints to folders for `from_pretrained`, through the command line as users run it."""
 
 import argparse
+import copy
+import functools
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_piip import PiipBackbone, PiipConfig, PiipForImageClassification
-from modeling_piip.conversion import ConversionError, convert_config, convert_state_dict, load_official_checkpoint
+from modeling_piip.conversion import (
+    ConversionError,
+    convert_config,
+    convert_state_dict,
+    load_official_checkpoint,
+    set_class_names,
+)
 from scripts.convert_official_checkpoint import main
 
 from .goldens import (
@@ -21,6 +30,7 @@ from .goldens import (
     build_official_weights,
     get_official_config,
 )
+from .head_goldens import read_case
 
 
 @pytest.fixture
@@ -250,9 +260,42 @@ def test_configurations_that_are_not_understood_are_refused(change, message):
         convert_config(get_official_config(CASES["det_tiny_dino"]) | change, "detection")
 
 
+@pytest.mark.parametrize(
+    ("case", "path"),
+    [
+        ("e2e_dino_tiny", "neck.out_channels"),
+        ("e2e_dino_tiny", "train_cfg.assigner.cls_cost.weight"),
+        ("e2e_dino_tiny", "bbox_head.transformer.decoder.transformerlayers.attn_cfgs"),
+        ("e2e_dino_tiny", "bbox_head.num_classes"),
+        ("e2e_upernet_tiny", "decode_head.channels"),
+        ("e2e_upernet_tiny", "auxiliary_head.loss_decode.loss_weight"),
+        ("e2e_upernet_tiny", "test_cfg.stride"),
+    ],
+)
+def test_what_a_configuration_of_a_head_lacks_is_named(case, path):
+    case = read_case(case)
+    official = copy.deepcopy(case["model"] | {"backbone": case["backbone"]})
+    *parts, name = path.split(".")
+    del functools.reduce(dict.__getitem__, parts, official)[name]
+    with pytest.raises(ConversionError, match=f"lacks `{re.escape(path)}`"):
+        convert_config(official)
+
+
 def test_segmentation_with_three_branches_is_refused():
     with pytest.raises(ConversionError, match="relative to the second one"):
         convert_config(get_official_config(CASES["det_tiny_dino"]), "segmentation")
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [{"CLASSES": ("a", "b", "c")}, {"CLASSES": "ab"}, {"CLASSES": ["a", "a"]}, {"CLASSES": None}, {}, None, "x"],
+)
+def test_names_that_do_not_fit_the_classes_are_left_alone(meta):
+    config = PiipConfig(num_labels=2)
+    set_class_names(config, {"meta": meta})
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1"} and config.label2id == {"LABEL_0": 0, "LABEL_1": 1}
+    set_class_names(config, {"meta": {"CLASSES": ["a", "b"]}})
+    assert config.id2label == {0: "a", 1: "b"} and config.label2id == {"a": 0, "b": 1}
 
 
 def test_file_without_weights_is_refused(tmp_path):

@@ -75,7 +75,10 @@ def converted_folder(tmp_path_factory):
     head_names = read_manifest(FIXTURES / "head_manifests" / f"{next(iter(VARIANTS.values()))}.json.gz")["state_dict"]
     for name in head_names:
         weights[name] = build_weight(name, model.state_dict()[get_our_name(name, model.config)].shape)
-    torch.save({"meta": {"CLASSES": ("a", "b")}, "state_dict": weights}, folder / "official.pth")
+    classes = tuple(f"class {number}" for number in range(model.config.num_labels))
+    # as mmsegmentation writes them for a data set that has none
+    colours = np.arange(3 * len(classes)).reshape(-1, 3)
+    torch.save({"meta": {"CLASSES": classes, "PALETTE": colours}, "state_dict": weights}, folder / "official.pth")
     (folder / "official.json").write_text(json.dumps({"model": official}))
     arguments = ["--official_config", str(folder / "official.json"), "--checkpoint", str(folder / "official.pth")]
     main([*arguments, "--output_dir", str(folder / "converted")])
@@ -89,6 +92,12 @@ def test_segmentor_becomes_a_folder_that_gives_the_official_logits(converted_fol
     assert type(model) is PiipForSemanticSegmentation
     pixel_values = torch.from_numpy(image(case["seed"], (1, 3, *case["image"])))
     assert_matches_head(model(pixel_values).logits, "e2e_upernet_tiny", "slide", "averaged_logits")
+
+
+def test_classes_have_the_names_of_the_checkpoint(converted_folder):
+    config = PiipConfig.from_pretrained(converted_folder)
+    assert config.id2label == {number: f"class {number}" for number in range(config.num_labels)}
+    assert config.label2id == {f"class {number}": number for number in range(config.num_labels)}
 
 
 def test_folder_holds_the_preprocessing_of_the_official_segmentors(converted_folder):

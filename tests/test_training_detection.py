@@ -137,6 +137,14 @@ def test_training_file_is_not_read_for_an_evaluation(folder):
     assert load(folder, training=False)[0].keys() == {"validation"}
 
 
+def test_only_the_first_split_to_evaluate_on_is_read(folder):
+    # as COCO publishes it: images to test on, without annotations
+    (folder / "annotations" / "test.json").write_text(json.dumps({"images": [], "categories": CATEGORIES}))
+    assert load(folder)[0].keys() == {"train", "validation"}
+    with pytest.raises(ValueError, match=r"test\.json is not in COCO format"):
+        load(folder, eval_split="test")
+
+
 def test_validation_images_are_held_out(folder):
     (folder / "annotations" / "validation.json").unlink()
     splits, _, _ = load(folder, train_val_split=0.34)
@@ -186,6 +194,52 @@ def test_objects_of_a_hub_data_set_are_read(folder, tmp_path_factory, as_columns
     first, second = objects_of(splits["train"])
     assert first == {"bbox": [4, 4, 16, 10], "category_id": 1 if with_names else 0, "area": 100, "iscrowd": 0}
     assert second["category_id"] == (0 if with_names else 1)
+
+
+def save_hub_data(root, rows):
+    """The splits "train" and "validation" of a Hub data set whose classes are text."""
+    features = hub_features(True, datasets.Value("string"))
+    for split, columns in rows.items():
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(root / f"{split}.parquet")
+    return DetectionDataArguments(dataset_name=str(root))
+
+
+def test_classes_as_text_get_the_same_ids_in_all_splits(folder, tmp_path_factory):
+    rows = {
+        "train": hub_rows(folder, True, classes=("mask", "glove")),
+        "validation": hub_rows(folder, True, classes=("mask", "mask")),
+    }
+    args = save_hub_data(tmp_path_factory.mktemp("hub"), rows)
+    splits, label_names, category_ids = load_object_detection_data(args)
+    assert (label_names, category_ids) == (["glove", "mask"], [0, 1])
+    assert [item["category_id"] for item in objects_of(splits["train"])] == [0, 1]
+    assert [item["category_id"] for item in objects_of(splits["validation"])] == [1, 1]
+    # a checkpoint keeps its order
+    splits, label_names, category_ids = load_object_detection_data(args, model_labels=["mask", "glove"])
+    assert (label_names, category_ids) == (["mask", "glove"], [1, 0])
+    assert [item["category_id"] for item in objects_of(splits["train"])] == [1, 0]
+
+
+def test_class_as_text_that_no_training_object_has_is_named(folder, tmp_path_factory):
+    rows = {
+        "train": hub_rows(folder, True, classes=("mask", "glove")),
+        "validation": hub_rows(folder, True, classes=("mask", "Glove")),
+    }
+    with pytest.raises(ValueError, match="classes without an object to train on: Glove. Both splits need the same"):
+        load_object_detection_data(save_hub_data(tmp_path_factory.mktemp("hub"), rows))
+
+
+def test_null_in_a_hub_data_set_is_nothing_or_named(folder, tmp_path_factory):
+    rows = {"validation": hub_rows(folder, True, classes=("mask", "glove"))}
+    objects = rows["validation"]["objects"]
+    objects[0]["area"], objects[1] = None, None
+    splits, _, _ = load_object_detection_data(save_hub_data(tmp_path_factory.mktemp("hub"), rows))
+    assert [item["area"] for item in objects_of(splits["validation"])] == [160, 200]
+    assert objects_of(splits["validation"], row=1) == []
+    objects[2]["category"] = ["mask", None]
+    args = save_hub_data(tmp_path_factory.mktemp("hub"), rows)
+    with pytest.raises(ValueError, match="image_id 9: object 5 .*category_id"):
+        load_object_detection_data(args)
 
 
 def test_corners_as_boxes_and_other_names_of_columns_are_read(folder, tmp_path_factory):
@@ -246,6 +300,7 @@ BAD_FILES = {
     "box without numbers": (set_value("annotations", 2, "bbox", ["a"]), "image_id 11: object .* four numbers"),
     "no objects": (remove_annotations, "validation split has 3 images and no annotated objects"),
     "no categories": (lambda content: content.pop("categories"), r"validation\.json is not in COCO format"),
+    "images that are no list": (lambda content: content.update(images={"1": {}}), "needs lists of 'images'"),
     "other categories": (
         lambda content: content["categories"][2].update(name="pig"),
         r"validation\.json has other categories than .*train\.json",
@@ -298,6 +353,12 @@ def test_bad_masks_are_named(tmp_path, segmentation, message):
     load(tmp_path)  # boxes alone do not need them
     with pytest.raises(ValueError, match=message):
         load(tmp_path, with_masks=True)
+
+
+def test_null_in_an_annotation_is_what_a_missing_value_is(tmp_path):
+    write_folder(tmp_path, lambda content: content["annotations"][0].update(area=None, iscrowd=None, bbox=None))
+    first = objects_of(load(tmp_path)[0]["validation"])[0]
+    assert first == {"bbox": [4, 4, 16, 10], "category_id": 1, "area": 160, "iscrowd": 0}
 
 
 def test_objects_without_a_box_get_that_of_their_mask(tmp_path):
