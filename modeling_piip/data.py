@@ -77,10 +77,7 @@ class ImageDataArguments:
             )
         if self.train_val_split is not None and not 0 < self.train_val_split < 1:
             raise ValueError(f"--train_val_split must be between 0 and 1, got {self.train_val_split}.")
-        for name in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}.")
+        check_at_least(1, self, "max_train_samples", "max_eval_samples")
 
 
 @dataclass
@@ -133,6 +130,14 @@ def check_shares(args, *names: str):
     for name in names:
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name} is a share and must be from 0 to 1, got {getattr(args, name)}.")
+
+
+def check_at_least(smallest: int, args, *names: str):
+    """Checks the options that are not `None`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"--{name} must be at least {smallest}, got {value}.")
 
 
 # Loading
@@ -314,19 +319,22 @@ class UnreadableImageError(ValueError):
     """An image file is missing, truncated or damaged."""
 
 
-def open_image(encoded: dict, description: str) -> PIL.Image.Image:
+def open_image(encoded: dict | None, description: str) -> PIL.Image.Image:
     """
     Decodes an example of a `datasets.Image(decode=False)` column.
 
     Raises:
-        UnreadableImageError: If the image cannot be read; the message names its file and `description`.
+        UnreadableImageError: If the image cannot be read or is null; the message names its file and `description`.
     """
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+        raise UnreadableImageError(f"The data holds null instead of an image file ({description}): remove that row.")
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     try:
         image = PIL.Image.open(source)
         image.load()
         return PIL.ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow reports some damaged files as SyntaxError
+    # Pillow reports some damaged files as SyntaxError, and too many pixels as an error of no other kind
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise UnreadableImageError(
             f"Cannot read the image {encoded['path'] or 'without a file name'} ({description}): {error}. Repair the "
             "file or remove it."

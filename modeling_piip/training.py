@@ -457,7 +457,10 @@ class EMACallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self.swapped and args.should_save:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            torch.save(self.ema.module.state_dict(), folder / self.training_weights_name)
+            # under its name only when it is whole: it tells that the checkpoint is complete
+            unfinished = folder / f".{self.training_weights_name}"
+            torch.save(self.ema.module.state_dict(), unfinished)
+            unfinished.replace(folder / self.training_weights_name)
 
     def on_train_end(self, args, state, control, model, **kwargs):
         best_is_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None

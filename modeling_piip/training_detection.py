@@ -545,17 +545,19 @@ def prepare_object(
 ) -> dict:
     """
     The object with its class id and with its box clipped to the image of (height, width) `size`. It keeps its
-    segmentation only `with_masks`.
+    segmentation only `with_masks`, where an area that is missing is that of the mask; else it is that of the box.
     """
     item = {key: value for key, value in item.items() if value is not None}
     segmentation = item.get("segmentation")
     if with_masks and not segmentation:
         raise ValueError(f"{name} has no 'segmentation': instance segmentation needs a mask for every object.")
     mask = None
-    if segmentation and ("bbox" not in item or (with_masks and check_masks)):
+    if segmentation and ("bbox" not in item or (with_masks and (check_masks or "area" not in item))):
         mask = decode_segmentation(segmentation, *size, name)
     if "bbox" not in item and mask is not None:
         item = item | {"bbox": get_box(mask)}
+    if "area" not in item and with_masks:
+        item = item | {"area": mask.sum()}
     check_object(item, name)
     if item["category_id"] not in class_ids:
         raise ValueError(

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .data import ImageDataset
+from .data import ImageDataset, check_at_least
 from .training import (
     LossMeter,
     OptimizationArguments,
@@ -58,6 +58,13 @@ class LoopArguments:
         default=None, metadata={"help": "Folder to go on from. Default: the last checkpoint in --output_dir."}
     )
     seed: int = field(default=42, metadata={"help": "Decides everything that is random."})
+
+    def __post_init__(self):
+        check_at_least(1, self, "num_train_epochs", "max_train_steps", "gradient_accumulation_steps")
+        check_at_least(1, self, "per_device_train_batch_size", "per_device_eval_batch_size")
+        check_at_least(1, self, "logging_steps", "checkpointing_steps")
+        check_at_least(0, self, "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm")
+        check_at_least(0, self, "dataloader_num_workers", "seed")
 
 
 @dataclass
@@ -104,6 +111,20 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int):
         for folder in older:
             shutil.rmtree(folder)
     accelerator.wait_for_everyone()
+
+
+def resume(accelerator: Accelerator, args: LoopArguments, progress: Progress, max_steps: int):
+    """Loads the checkpoint that was asked for, or else the last one in the output folder, if there is one."""
+    checkpoint = args.resume_from_checkpoint or find_last_checkpoint(args.output_dir)
+    if checkpoint is None:
+        return
+    accelerator.print(f"Resuming from {checkpoint}. To start anew, remove it or name another --output_dir.")
+    accelerator.load_state(checkpoint)
+    if progress.step > max_steps:
+        raise ValueError(
+            f"{checkpoint} has done {progress.step} steps already, but the training ends after {max_steps}: raise "
+            "--max_train_steps or --num_train_epochs, or name another --output_dir to start anew."
+        )
 
 
 def train_epoch(
@@ -201,10 +222,7 @@ def run_training_loop(
     progress = Progress()
     accelerator.register_for_checkpointing(scheduler, progress)
     accelerator.init_trackers("runs", {"learning_rate": args.learning_rate, "max_steps": max_steps})
-    checkpoint = args.resume_from_checkpoint or find_last_checkpoint(args.output_dir)
-    if checkpoint is not None:
-        accelerator.print(f"Resuming from {checkpoint}. To start anew, remove it or name another --output_dir.")
-        accelerator.load_state(checkpoint)
+    resume(accelerator, args, progress, max_steps)
 
     # Training
     show = {"unit": "step", "disable": not accelerator.is_main_process}
@@ -242,7 +260,8 @@ def run_training_loop(
         if result > progress.best:
             progress.best = result
             unwrapped.save_pretrained(output_dir, is_main_process=accelerator.is_main_process)
-            image_processor.save_pretrained(output_dir)
+            if accelerator.is_main_process:
+                image_processor.save_pretrained(output_dir)
         if not args.checkpointing_steps:
             save_checkpoint(accelerator, output_dir, progress.step)
 

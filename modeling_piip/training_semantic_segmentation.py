@@ -25,7 +25,7 @@ import huggingface_hub
 import numpy as np
 import PIL.Image
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -217,7 +217,7 @@ def load_class_names(args: SegmentationDataArguments, model_labels: list[str] | 
         try:
             file = huggingface_hub.hf_hub_download(args.dataset_name, "id2label.json", repo_type="dataset")
             return read_class_names(Path(file))
-        except (EntryNotFoundError, OSError):
+        except (EntryNotFoundError, HFValidationError, OSError):  # the second one for a local folder
             logger.info(f"{args.dataset_name} has no id2label.json.")
     else:
         for name in ("classes.txt", "classes.json"):

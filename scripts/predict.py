@@ -91,6 +91,17 @@ def find_images(sources: list[str]) -> dict[Path, Path]:
     return images
 
 
+def check_originals(images: dict[Path, Path], output_dir: Path):
+    """
+    Raises:
+        ValueError: If a picture would replace an image.
+    """
+    originals = {image.resolve() for image in images}
+    for output in images.values():
+        if (output_dir / output).resolve() in originals:
+            raise ValueError(f"A picture would replace the image {output_dir / output}: name another --output_dir.")
+
+
 def is_image(file: Path) -> bool:
     return file.suffix.lower() in PIL.Image.registered_extensions()
 
@@ -141,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         images = find_images(args.images)
+        check_originals(images, args.output_dir)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     load, predict = TASKS[args.task]
@@ -151,7 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     for file, output in tqdm(images.items(), desc="Predicting", unit="image", disable=len(images) == 1):
         try:
             image = open_image(file)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow reports some damaged files as SyntaxError
+        # Pillow reports some damaged files as SyntaxError, and too many pixels as an error of no other kind
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             if not args.skip_unreadable:
                 raise SystemExit(f"error: {file} cannot be read ({error}); --skip_unreadable goes on") from error
             tqdm.write(f"{file} cannot be read ({error}): skipped")

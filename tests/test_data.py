@@ -12,12 +12,15 @@ from modeling_piip.data import (
     ImageClassificationDataset,
     ImageDataArguments,
     MixupCollator,
+    UnreadableImageError,
     build_collator,
     build_datasets,
     build_train_transform,
+    check_examples,
     collate_images,
     get_input_size,
     load_image_classification_data,
+    open_image,
 )
 from modeling_piip.image_processing_piip import PiipImageProcessor
 
@@ -175,6 +178,26 @@ def test_truncated_image_is_named_with_its_path(tmp_path, image_processor):
     dataset = ImageClassificationDataset(splits["train"], image_processor)
     with pytest.raises(ValueError, match=r"Cannot read the image .*train/bee/2\.png \(image 6 of the train split\)"):
         dataset[6]
+
+
+def test_image_with_too_many_pixels_is_named_with_its_path(folder, image_processor, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    dataset = ImageClassificationDataset(load(folder)[0]["train"], image_processor)
+    with pytest.raises(UnreadableImageError, match=r"train/bee/2\.png \(image 6 of the train split\).*exceeds limit"):
+        dataset[6]
+
+
+def test_null_image_is_named_by_its_row_or_skipped(folder, image_processor):
+    columns = {"image": [f"{folder}/train/ant/0.png", None], "label": [0, 1]}
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=CLASSES)})
+    data = datasets.Dataset.from_dict(columns, features=features, split="train")
+    with pytest.raises(UnreadableImageError, match=r"null instead of .*\(image 1 of the train split\)"):
+        ImageClassificationDataset(data, image_processor)[1]
+    with pytest.raises(UnreadableImageError, match="null instead of .*image 2"):
+        open_image({"bytes": None, "path": None}, "image 2")
+    dataset = ImageClassificationDataset(data, image_processor, skip_unreadable=True)
+    check_examples(dataset)
+    assert [example["label"] for example in dataset.dataset] == [0]
 
 
 # Augmentation

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
@@ -226,6 +227,21 @@ def test_loop_resumes_exactly_after_a_kill(config, digits, tmp_path):
     assert no_trainer_script.main(killed) == results
     assert_same_weights(tmp_path / "straight" / "checkpoint-6", tmp_path / "killed" / "checkpoint-6")
     assert_same_weights(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_checkpoint_beyond_the_last_step_is_an_error(config, digits, tmp_path):
+    # 4 steps are an epoch
+    options = ["--no_augment", "--checkpointing_steps", 1]
+    no_trainer_script.main(no_trainer_options(config, digits, tmp_path, *options, "--max_train_steps", 2))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="checkpoint-2 has done 2 steps.*ends after 1.*--max_train_steps"):
+        no_trainer_script.main(no_trainer_options(config, digits, tmp_path, *options, "--max_train_steps", 1))
+
+
+def test_only_the_main_process_writes_the_model_and_its_image_processor(config, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    no_trainer_script.main(no_trainer_options(config, digits, tmp_path, "--no_augment", "--max_train_steps", 1))
+    assert {file.name for file in tmp_path.iterdir()} <= {"unfinished", "runs"}
 
 
 def kill(*args):

@@ -372,6 +372,28 @@ def test_predict_refuses_missing_images_and_pictures_of_one_name(trained, data, 
         predict(trained, tmp_path, images / "train" / "0.png", images / "validation" / "0.png")
 
 
+def test_predict_does_not_replace_an_image(data, tmp_path):
+    file = tmp_path / "photos" / "trip" / "a.png"
+    file.parent.mkdir(parents=True)
+    shutil.copy(Path(data, "images", "validation", "0.png"), file)
+    before = file.read_bytes()
+    # refused before the model, which does not exist, is loaded
+    for output_dir, source in ((tmp_path / "photos", tmp_path / "photos"), (file.parent / ".." / "trip", file)):
+        with pytest.raises(SystemExit, match=r"replace the image .*a\.png: name another --output_dir"):
+            predict(["no model"], output_dir, source)
+    assert file.read_bytes() == before
+
+
+def test_predict_names_an_image_with_too_many_pixels(trained, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    Image.new("L", (100, 100)).save(tmp_path / "a.png")
+    shutil.copy(Path(data, "images", "validation", "0.png"), tmp_path / "b.png")
+    with pytest.raises(SystemExit, match=r"a\.png cannot be read .*exceeds limit"):
+        predict(trained, tmp_path / "out", tmp_path)
+    predict(trained, tmp_path / "out", tmp_path, "--skip_unreadable")
+    assert "Drew 1 of 2 images" in capsys.readouterr().out
+
+
 # Help
 
 

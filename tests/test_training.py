@@ -1,6 +1,7 @@
 import json
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from modeling_piip.training import (
     OptimizationArguments,
     build_ema,
     find_last_checkpoint,
+    get_checkpoint,
     get_lr_scale,
     get_model_labels,
     get_parameter_groups,
@@ -21,6 +23,7 @@ from modeling_piip.training import (
     load_model,
     parse_args,
 )
+from modeling_piip.training_loop import LoopArguments
 
 
 def make_config(**kwargs) -> PiipConfig:
@@ -133,6 +136,29 @@ def test_impossible_optimization_is_an_error(kwargs, option):
         OptimizationArguments(**kwargs)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "smallest"),
+    [
+        ("num_train_epochs", 0, 1),
+        ("max_train_steps", 0, 1),
+        ("per_device_train_batch_size", 0, 1),
+        ("per_device_eval_batch_size", -1, 1),
+        ("gradient_accumulation_steps", 0, 1),
+        ("logging_steps", 0, 1),
+        ("checkpointing_steps", 0, 1),
+        ("learning_rate", -1e-4, 0),
+        ("weight_decay", -0.1, 0),
+        ("warmup_steps", -1, 0),
+        ("max_grad_norm", -1.0, 0),
+        ("dataloader_num_workers", -1, 0),
+        ("seed", -1, 0),
+    ],
+)
+def test_impossible_options_of_the_loop_are_errors(name, value, smallest):
+    with pytest.raises(ValueError, match=f"--{name} must be at least {smallest}, got {value}"):
+        LoopArguments(**{name: value})
+
+
 # Moving average
 
 
@@ -177,6 +203,25 @@ def test_callback_shows_the_average_and_trains_the_weights(tmp_path):
         each_model.weight.data.fill_(4.0)
         each_callback.on_step_end(args, state, control, model=each_model)
     assert model.weight.item() == copy.weight.item() == pytest.approx(0.25 * average + 0.75 * 4.0)
+
+
+def test_kill_while_the_training_weights_are_written_leaves_no_complete_checkpoint(tmp_path, monkeypatch):
+    def save_half(weights, file):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "trainer_state.json").touch()
+    callback = EMACallback(decay=0.9)
+    callback.ema, callback.swapped = build_ema(torch.nn.Linear(1, 1), decay=0.9), True
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_save(
+            SimpleNamespace(should_save=True, output_dir=str(tmp_path)), SimpleNamespace(global_step=1), None
+        )
+    args = SimpleNamespace(resume_from_checkpoint=None, output_dir=str(tmp_path))
+    assert get_checkpoint(args, OptimizationArguments(ema_decay=0.9)) is None
 
 
 def test_callback_names_a_checkpoint_without_training_weights(tmp_path):

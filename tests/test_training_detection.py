@@ -12,6 +12,7 @@ from modeling_piip import (
     PiipImageProcessor,
     PiipInstanceSegmentationImageProcessor,
 )
+from modeling_piip.image_processing_piip_instance_segmentation import decode_segmentation
 from modeling_piip.training import LossMeter, ModelArguments, OptimizationArguments, build_scheduler
 from modeling_piip.training_detection import (
     DetectionAugmentationArguments,
@@ -365,6 +366,19 @@ def test_objects_without_a_box_get_that_of_their_mask(tmp_path):
     write_folder(tmp_path, lambda content: content["annotations"][0].pop("bbox"))
     splits, _, _ = load(tmp_path)
     assert objects_of(splits["validation"])[0]["bbox"] == [4, 4, 16, 10]
+
+
+@pytest.mark.parametrize("check_data", [True, False])
+def test_objects_without_an_area_get_that_of_what_is_evaluated(folder, check_data):
+    # the mask of the second object is a triangle
+    areas = [item["area"] for item in objects_of(load(folder, check_data=check_data)[0]["validation"])]
+    assert areas == [160, 200]
+    splits, _, _ = load(folder, check_data=check_data, with_masks=True)
+    objects = objects_of(splits["validation"])
+    assert [item["area"] for item in objects] == [
+        decode_segmentation(item["segmentation"], *SIZE[::-1], "mask").sum() for item in objects
+    ]
+    assert objects[1]["area"] < 120
 
 
 def test_image_of_another_size_and_damaged_files_are_named_or_skipped(folder, image_processor):

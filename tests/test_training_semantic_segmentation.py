@@ -129,6 +129,16 @@ def test_columns_of_a_hub_data_set_are_found(monkeypatch, folder, tmp_path):
     assert splits["train"][0]["label"]["path"].endswith("0.png")
 
 
+def test_local_folder_as_a_hub_data_set_needs_class_names(folder, tmp_path_factory):
+    splits, _ = load(folder)
+    saved = tmp_path_factory.mktemp("hub")
+    splits["train"].cast(datasets.Features({name: datasets.Image() for name in ("image", "label")})).to_parquet(
+        saved / "train.parquet"
+    )
+    with pytest.raises(ValueError, match="The data does not name its classes.* --class_names_file"):
+        load_semantic_segmentation_data(SegmentationDataArguments(dataset_name=str(saved)))
+
+
 def test_names_of_the_checkpoint_stand_in_for_evaluation_only(folder):
     (folder / "classes.txt").unlink()
     assert load(folder, model_labels=["a", "b"], training=False)[1] == ["a", "b"]
