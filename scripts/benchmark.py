@@ -126,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE[#NAME]",
         help="the tables; with #NAME they go between <!-- NAME --> and <!-- end of NAME --> of a file that has both",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="bars of the times (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="bars of the times per image (needs matplotlib)")
     args = parser.parse_args(argv)
     args.command = sys.argv[1:] if argv is None else argv
     if min(*args.batch_size, args.rounds, args.threads or 1) < 1:
@@ -781,25 +781,46 @@ def write(path: Path, text: str):
 
 
 def draw(report: dict, path: Path):
-    """One bar per row with its quartiles, grouped by what is compared."""
+    """Times per image with their quartiles: bars side by side for what is compared, one group for all its settings."""
     # only for pictures
     import matplotlib.pyplot as plt
 
     rows = report["operators"] if report["ops"] else report["networks"]
-    names = [name for name in rows[0] if isinstance(rows[0][name], (str, int))]
-    names = [name for name in names if name != "multiply_adds" and len({row[name] for row in rows}) > 1]
-    labels = [", ".join(str(row[name]) for name in names) for row in rows]
-    medians = [row["seconds"]["median"] for row in rows]
-    errors = [[row["seconds"]["median"] - row["seconds"]["low"] for row in rows]]
-    errors += [[row["seconds"]["high"] - row["seconds"]["median"] for row in rows]]
-    figure, axes = plt.subplots(figsize=(10, 1 + 0.35 * len(rows)), layout="constrained")
-    axes.barh(range(len(rows)), medians, xerr=errors)
-    axes.set_yticks(range(len(rows)), labels)
+    settings = ("task", "batch size", "dtype", "mode", "checkpointing", "queries", "maps", "heads", "points")
+    groups = name_rows(rows, settings)
+    contestants = name_rows(rows, ("network", "linear", "implementation"))
+    # in the order of the rows, each once
+    places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+    height = 0.8 / len(set(contestants))
+    figure, axes = plt.subplots(figsize=(10, 1.5 + 0.35 * len(rows)), layout="constrained")
+    for number, name in enumerate(dict.fromkeys(contestants)):
+        chosen = [k for k, contestant in enumerate(contestants) if contestant == name]
+        times = [get_milliseconds_per_image(rows[k]) for k in chosen]
+        low, median, high = ([time[key] for time in times] for key in ("low", "median", "high"))
+        errors = [[b - a for a, b in zip(low, median)], [b - a for a, b in zip(median, high)]]
+        axes.barh([places[groups[k]] + number * height for k in chosen], median, height, xerr=errors, label=name)
+    middle = 0.4 - height / 2
+    axes.set_yticks([place + middle for place in places.values()], places)
     axes.invert_yaxis()
-    axes.set_xlabel("seconds per step")
+    axes.set_xlabel("milliseconds per image")
+    axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
+
+
+def name_rows(rows: list[dict], names: tuple[str, ...]) -> list[str]:
+    """What tells the rows apart, as text; of a single kind of rows, all there is."""
+    names = [name for name in names if name in rows[0]]
+    different = [name for name in names if len({row[name] for row in rows}) > 1] or names
+    return [
+        ", ".join(str(row[name]) if isinstance(row[name], str) else f"{name} {row[name]}" for name in different)
+        for row in rows
+    ]
+
+
+def get_milliseconds_per_image(row: dict) -> dict[str, float]:
+    return {name: 1000 * seconds / row["batch size"] for name, seconds in row["seconds"].items()}
 
 
 # -------------------------------------------------------- main -------------------------------------------------------

@@ -167,6 +167,18 @@ def test_files_hold_all_numbers_the_tables_and_a_picture(models, tmp_path):
     assert "ms of Transformers" in (tmp_path / "ops.md").read_text()
 
 
+def test_bars_are_named_by_what_tells_them_apart():
+    rows = [
+        {"network": network, "batch size": size, "dtype": dtype, "mode": "eager"}
+        for network in ("ours", "other")
+        for size, dtype in ((1, "float32"), (8, "bfloat16"))
+    ]
+    names = ["batch size 1, float32", "batch size 8, bfloat16"]
+    assert benchmark.name_rows(rows, ("batch size", "dtype", "mode", "task")) == 2 * names
+    assert benchmark.name_rows(rows, ("network", "linear")) == ["ours", "ours", "other", "other"]
+    assert benchmark.name_rows(rows[:1], ("network", "dtype")) == ["ours, float32"]
+
+
 def test_image_sizes_are_those_that_the_names_ask_for(models):
     report = run("--variant", f"{models / 'backbone'}@48", "--against", f"{models / 'backbone'}@32")
     large, small = report["networks"]
