@@ -64,10 +64,11 @@ def open_image(source: str | os.PathLike, name: str) -> PIL.Image.Image:
             return load_image(source)
         with PIL.Image.open(source) as image:
             return PIL.ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow reports some damaged files as SyntaxError
+    # Pillow reports some damaged files as SyntaxError, and too many pixels as an error of no other kind
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(
             f"{name}, {source[:200]!r}, cannot be read: it is no path, URL or base64 string of an image, or "
-            f"the file is truncated or damaged ({error})."
+            f"the file is truncated, damaged or too large ({error})."
         ) from error
 
 

@@ -512,7 +512,8 @@ def prepare_split(
             columns["height"][row], columns["width"][row] = read_image_size(dataset[row]["image"])
         size = (columns["height"][row], columns["width"][row])
         name = f"The {split} split, image_id {columns['image_id'][row]}"
-        items = json.loads(columns["objects"][row])
+        # nothing lies inside an image of unknown size
+        items = json.loads(columns["objects"][row]) if min(size) > 0 else []
         prepared = [
             prepare_object(item, f"{name}: object {item.get('id', k)}", size, class_ids, with_masks, check_masks)
             for k, item in enumerate(items)

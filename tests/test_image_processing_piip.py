@@ -253,6 +253,13 @@ def test_truncated_files_are_named(processor_class, tmp_path, suffix):
         processor_class()([photo(), str(path)])
 
 
+def test_files_with_more_pixels_than_pillow_opens_are_named(processor_class, tmp_path, monkeypatch):
+    Image.fromarray(photo()).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="Image 0, '.*huge.png', cannot be read: .* too large .*exceeds limit"):
+        processor_class()(str(tmp_path / "huge.png"))
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
 def test_truncated_pil_images_are_named(processor_class, tmp_path, suffix):
     image = Image.open(truncated_file(tmp_path / f"cut.{suffix}"))

@@ -381,6 +381,21 @@ def test_objects_without_an_area_get_that_of_what_is_evaluated(folder, check_dat
     assert objects[1]["area"] < 120
 
 
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_damaged_image_of_unknown_size_has_no_objects_and_stops_nobody(tmp_path, with_masks, caplog):
+    def forget_size(content):
+        content["images"][0].update(height=None, width=None)
+        mask = {"size": list(SIZE[::-1]), "counts": [SIZE[0] * SIZE[1]]}
+        content["annotations"][0]["segmentation"] = mask
+
+    write_folder(tmp_path, forget_size)
+    (tmp_path / "images" / "validation" / "0.png").write_bytes(b"damaged")
+    splits, _, _ = load(tmp_path, with_masks=with_masks)
+    counts = [len(objects_of(splits["validation"], row)) for row in range(len(splits["validation"]))]
+    assert counts[0] == 0 < max(counts)
+    assert "without any area" not in caplog.text
+
+
 def test_image_of_another_size_and_damaged_files_are_named_or_skipped(folder, image_processor):
     Image.new("RGB", SIZE[::-1]).save(folder / "images" / "train" / "1.png")
     splits, _, _ = load(folder)
